@@ -1,0 +1,224 @@
+"""Checks of user input that run before any model is loaded.
+
+Each raises with three parts: what was found, what was expected, what to change.
+"""
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from transformers.trainer_utils import get_last_checkpoint
+
+
+# One of these makes a local model folder usable without `processing_class`
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+)
+_WEIGHT_FILES = (
+    "adapter_model.safetensors",
+    "adapter_model.bin",
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+)
+
+
+def check_range(name: str, value: Any, low: float, high: float = math.inf, low_open: bool = False) -> None:
+    """Raise unless `value` is a number in [low, high] ((low, high] with `low_open`); NaN is out of every range."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"`{name}` must be a number, got {value!r} ({type(value).__name__}).")
+    if not low <= value <= high or math.isinf(value) or (low_open and value == low):
+        left, right = ("(" if low_open else "["), (f"{high:g}]" if high < math.inf else "inf)")
+        raise ValueError(f"`{name}={value}` is out of range: it must lie in {left}{low:g}, {right}.")
+
+
+def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    """Raise unless `value` is one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"`{name}={value!r}` is not known. Choose one of: {', '.join(map(repr, choices))}.")
+
+
+def check_quantization(quantization_config: Any) -> None:
+    """Raise if a bitsandbytes quantization is asked for and bitsandbytes is not installed."""
+    bits = next((b for b in (4, 8) if getattr(quantization_config, f"load_in_{b}bit", False)), None)
+    if bits is not None and find_spec("bitsandbytes") is None:
+        raise ImportError(
+            f"`quantization_config` asks for {bits}-bit weights, but bitsandbytes is not installed. Install it with "
+            '`pip install "trl-ift[quantization]"`, or drop `quantization_config`.'
+        )
+
+
+def check_model_source(model: Any, processing_class: Any) -> None:
+    """Raise if the model's folder is missing its files or no tokenizer can be found for it."""
+    if isinstance(model, str):
+        path = Path(model)
+        if not path.is_dir():
+            return  # a Hub id: `from_pretrained` reports what is wrong with it
+        if not (path / "config.json").is_file():
+            hint = ""
+            if (path / "adapter_config.json").is_file():
+                hint = " It holds a PEFT adapter: load it with `AutoPeftModelForCausalLM` and pass the model."
+            raise ValueError(f"The model folder `{model}` has no `config.json`.{hint}")
+        if processing_class is None and not any((path / name).is_file() for name in _TOKENIZER_FILES):
+            raise ValueError(
+                f"The model folder `{model}` holds no tokenizer (none of {', '.join(_TOKENIZER_FILES)}). Save the "
+                "tokenizer there with `tokenizer.save_pretrained(...)`, or pass it as `processing_class`."
+            )
+    elif processing_class is None and not getattr(getattr(model, "config", None), "_name_or_path", ""):
+        raise ValueError(
+            f"`model` is a {type(model).__name__} that was built in memory, so its tokenizer cannot be found. Pass the "
+            "tokenizer as `processing_class`."
+        )
+
+
+def check_peft(peft_config: Any, model: Any, method: str) -> None:
+    """Raise for PEFT kinds that the fused LM head cannot train: prompt learning, and adapters on `lm_head`."""
+    existing = getattr(model, "peft_config", None)
+    configs = [peft_config] if peft_config is not None else []
+    configs += list(existing.values()) if isinstance(existing, Mapping) else []
+    for config in configs:
+        if getattr(config, "is_prompt_learning", False):
+            raise ValueError(
+                f"{method} does not support prompt-learning PEFT ({type(config).__name__}): its virtual tokens shift the "
+                "positions whose predictions are used. Use an adapter such as `LoraConfig` instead."
+            )
+        targets = getattr(config, "target_modules", None)
+        names = [targets] if isinstance(targets, str) else list(targets or [])
+        if any(name == "lm_head" or name.endswith(".lm_head") for name in names):
+            raise ValueError(
+                "`target_modules` contains 'lm_head'. An adapter on `lm_head` would never be trained, because the "
+                "log-probabilities are computed from `lm_head.weight` directly. Remove it from `target_modules`; to train "
+                "the head, use `modules_to_save=['lm_head']`."
+            )
+
+
+def check_sft_dataset(dataset: Any, name: str, text_field: str = "text", formatted: bool = False) -> None:
+    """Check columns and types of the first row of an SFT dataset.
+
+    Args:
+        dataset: `Dataset` or `IterableDataset`.
+        name: How the messages call it, e.g. `"train_dataset"`.
+        text_field: Column of plain text, `dataset_text_field` of the config.
+        formatted: Whether a `formatting_func` will build the text, so that any columns do.
+    """
+    row = next(iter(dataset), None)
+    if row is None:
+        raise ValueError(f"`{name}` is empty: it has no rows. Check the split, and any filter applied before.")
+    if "image" in row or "images" in row:
+        raise ValueError(
+            f"`{name}` is a vision dataset (column 'image' or 'images'), which is not supported. Drop the column to train "
+            "on the text alone, or use `trl.SFTTrainer`."
+        )
+    if formatted:
+        return
+    kinds = {
+        "input_ids": ("a list of token ids", _is_ids),
+        text_field: ("a string", lambda value: isinstance(value, str)),
+        "messages": ("a list of {'role', 'content'} messages", _is_messages),
+        "conversations": ("a list of messages", lambda value: isinstance(value, list) and len(value) > 0),
+    }
+    column = next((column for column in kinds if column in row), None)
+    if "prompt" in row and "completion" in row and column != "input_ids":
+        prompt, completion = row["prompt"], row["completion"]
+        both_text = isinstance(prompt, str) and isinstance(completion, str)
+        if not both_text and not (_is_messages(prompt) and _is_messages(completion)):
+            raise TypeError(
+                f"`{name}`: columns 'prompt' and 'completion' must both be strings, or both be lists of "
+                f"{{'role', 'content'}} messages; the first row has {_kind(prompt)} and {_kind(completion)}."
+            )
+    elif column is not None:
+        expected, is_valid = kinds[column]
+        if not is_valid(row[column]):
+            raise TypeError(
+                f"`{name}`: column '{column}' must hold {expected}; the first row has {_kind(row[column])}."
+            )
+    else:
+        hint = ""
+        if "prompt" in row and "chosen" in row:
+            hint = " For a preference dataset: `dataset.rename_column('chosen', 'completion')` and keep 'prompt'."
+        raise ValueError(
+            f"`{name}` has the columns {sorted(row)}. Expected 'messages' or '{text_field}' (language modeling), 'prompt' and "
+            f"'completion', or 'input_ids' (pre-tokenized). Rename your columns, or set `dataset_text_field`.{hint}"
+        )
+
+
+def _is_ids(value: Any) -> bool:
+    return hasattr(value, "__len__") and all(
+        isinstance(v, int) or getattr(v, "dtype", None) is not None for v in value
+    )
+
+
+def _is_messages(value: Any) -> bool:
+    return isinstance(value, list) and len(value) > 0 and all(isinstance(m, Mapping) and "role" in m for m in value)
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, list):
+        return f"a list of {type(value[0]).__name__}" if value else "an empty list"
+    return type(value).__name__
+
+
+def is_complete_checkpoint(checkpoint: str | os.PathLike) -> bool:
+    """Whether a Trainer checkpoint was written to its end (the Trainer writes its state last)."""
+    return (Path(checkpoint) / "trainer_state.json").is_file()
+
+
+def resolve_checkpoint(resume_from_checkpoint: str | bool | None, output_dir: str) -> str | None:
+    """Return the checkpoint folder to resume from, or `None` to start afresh.
+
+    Raises:
+        ValueError: The folder named (or, with `True`, every one in `output_dir`) is missing or was interrupted while it
+            was written. The message names the newest complete one.
+    """
+    if not resume_from_checkpoint:
+        return None
+    folder = Path(output_dir)
+    found = sorted(folder.glob("checkpoint-*"), key=_step_of) if folder.is_dir() else []
+    complete = [path for path in found if is_complete_checkpoint(path)]
+    remedy = f"Resume from `{complete[-1]}`" if complete else "Start without `resume_from_checkpoint`"
+    if resume_from_checkpoint is True:
+        wanted = get_last_checkpoint(output_dir) if folder.is_dir() else None
+        if wanted is None:
+            raise ValueError(f"`resume_from_checkpoint=True`, but `{output_dir}` holds no checkpoint. {remedy}.")
+    else:
+        wanted = str(resume_from_checkpoint)
+        if not Path(wanted).is_dir():
+            raise ValueError(f"`resume_from_checkpoint`: there is no folder `{wanted}`. {remedy}.")
+    if not is_complete_checkpoint(wanted):
+        raise ValueError(
+            f"The checkpoint `{wanted}` is incomplete (it has no `trainer_state.json`): the run was interrupted while it was "
+            f"being written. {remedy}; the incomplete folder can be deleted."
+        )
+    return wanted
+
+
+def _step_of(checkpoint: Path) -> int:
+    step = checkpoint.name.removeprefix("checkpoint-")
+    return int(step) if step.isdigit() else -1
+
+
+def check_output_dir(args: Any, resume_from_checkpoint: str | bool | None = None) -> None:
+    """Raise if training would overwrite the weights of an earlier run in `args.output_dir`.
+
+    Passes when the run resumes, when the folder holds neither weights nor checkpoints, or with
+    `args.overwrite_output_dir=True`.
+    """
+    folder = Path(args.output_dir)
+    if args.overwrite_output_dir or resume_from_checkpoint or args.resume_from_checkpoint or not folder.is_dir():
+        return
+    found = [name for name in _WEIGHT_FILES if (folder / name).is_file()]
+    found += [path.name for path in sorted(folder.glob("checkpoint-*"), key=_step_of) if path.is_dir()]
+    if found:
+        raise ValueError(
+            f"`output_dir={str(folder)!r}` already holds the results of another run ({', '.join(found[:3])}). Continue it "
+            "with `resume_from_checkpoint=True`, choose another `output_dir`, or set `overwrite_output_dir=True` to write "
+            "over it."
+        )

@@ -1,0 +1,218 @@
+"""The only module that touches private or unstable names of TRL.
+
+Everything here is checked against the installed TRL by `check_trl`, which runs on import, and by the contract tests: when a
+TRL release moves one of these names, this is the one file to mend.
+"""
+
+import dataclasses
+import inspect
+import types
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import trl
+from packaging.version import Version
+from torch.distributed.tensor import DTensor
+from trl import DPOTrainer, SFTTrainer
+from trl.trainer.utils import (
+    FusedCausalLMOutput,
+    add_fused_lm_head,
+    create_model_from_path,
+    disable_dropout_in_model,
+    get_comet_experiment_url,
+    get_config_model_id,
+    get_trackio_space_url,
+    maybe_gather_lm_head_ctx,
+)
+
+
+__all__ = [
+    "FusedCausalLMOutput",
+    "FusedTap",
+    "LMHead",
+    "add_fused_lm_head",
+    "check_trl",
+    "create_model_from_path",
+    "disable_dropout_in_model",
+    "get_comet_experiment_url",
+    "get_config_model_id",
+    "get_trackio_space_url",
+    "keep_4bit_trainable_on_cpu",
+    "score_labelled_positions_only",
+]
+
+# Minor releases the test suite was run against
+TESTED_TRL = ("1.16",)
+
+_EXPECTED_PARAMETERS: dict[Callable, tuple[str, ...]] = {
+    SFTTrainer._prepare_dataset: (
+        "self", "dataset", "processing_class", "args", "packing", "formatting_func", "dataset_name",
+    ),
+    SFTTrainer._set_signature_columns_if_needed: ("self",),
+    SFTTrainer.compute_loss: ("self", "model", "inputs", "return_outputs", "num_items_in_batch"),
+    DPOTrainer._prepare_dataset: ("self", "dataset", "processing_class", "args", "dataset_name"),
+    DPOTrainer._compute_loss: ("self", "model", "inputs", "return_outputs"),
+    DPOTrainer.compute_ref_log_probs: ("self", "model", "inputs"),
+    DPOTrainer._precompute_ref_logps: ("self", "dataset", "name", "batch_size"),
+    DPOTrainer._set_signature_columns_if_needed: ("self",),
+    add_fused_lm_head: ("model", "temperature", "cast_lm_head_to_fp32", "outputs"),
+    create_model_from_path: ("model_id", "architecture", "kwargs"),
+}  # fmt: skip
+_EXPECTED_OUTPUT_FIELDS = {
+    "loss", "log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1", "label_mask", "aux_loss",
+}  # fmt: skip
+
+
+def check_trl(
+    version: str = trl.__version__,
+    expected_parameters: dict[Callable, tuple[str, ...]] | None = None,
+) -> None:
+    """Compare the installed TRL with what this package builds on.
+
+    Warns once for a minor release that was not tested; raises `ImportError` when a signature or a field that the trainers
+    rely on has changed.
+    """
+    mismatches = []
+    for function, expected in (expected_parameters or _EXPECTED_PARAMETERS).items():
+        found = tuple(inspect.signature(function).parameters)
+        if found != expected:
+            mismatches.append(f"{function.__qualname__}({', '.join(found)}), expected ({', '.join(expected)})")
+    fields = {field.name for field in dataclasses.fields(FusedCausalLMOutput)}
+    if not fields >= _EXPECTED_OUTPUT_FIELDS:
+        mismatches.append(f"FusedCausalLMOutput lacks {sorted(_EXPECTED_OUTPUT_FIELDS - fields)}")
+    if mismatches:
+        raise ImportError(
+            f"trl_ift does not work with trl {version}: " + "; ".join(mismatches) + ". Install a tested version: "
+            f"pip install 'trl=={TESTED_TRL[-1]}.*'."
+        )
+    minor = ".".join(str(part) for part in Version(version).release[:2])
+    if minor not in TESTED_TRL:
+        warnings.warn(
+            f"trl_ift was tested with trl {', '.join(TESTED_TRL)}; found {version}. What it relies on is still there.",
+            stacklevel=2,
+        )
+
+
+class FusedTap:
+    """Stands in for `model` in a TRL loss function: adds keyword arguments to the fused call and keeps its output.
+
+    Only the first call with `fused_lm_head=True` is kept and extended; all other calls and attributes pass through.
+    """
+
+    def __init__(self, model: torch.nn.Module, **fused_kwargs: Any):
+        self.model = model
+        self.fused_kwargs = fused_kwargs
+        self.output: Any = None
+
+    def __call__(self, *args, **kwargs):
+        if not kwargs.get("fused_lm_head") or self.output is not None:
+            return self.model(*args, **kwargs)
+        self.output = self.model(*args, **kwargs, **self.fused_kwargs)
+        return self.output
+
+    def __getattr__(self, name: str):
+        return getattr(self.model, name)
+
+
+def _fused_forward_of(model: torch.nn.Module) -> types.FunctionType:
+    forward = model.forward.__func__ if isinstance(model.forward, types.MethodType) else None
+    if forward is None or "final_logit_softcapping" not in forward.__code__.co_freevars:
+        raise ValueError(f"`add_fused_lm_head` was not applied to this {type(model).__name__}.")
+    return forward
+
+
+def score_labelled_positions_only(model: torch.nn.Module) -> None:
+    """Make the fused LM head of `model` project only positions that have a label, on every device.
+
+    TRL does this on Triton devices; elsewhere it projects prompt and padding too and masks them afterwards, which on a
+    CPU costs as much as scoring them. `model` must carry TRL's fused head (`add_fused_lm_head`); other models keep TRL's
+    behaviour, because only this instance's forward is rebound.
+    """
+    fused = _fused_forward_of(model)
+    # TRL decides with the module global `_use_triton` whether to compact; this copy of the same code sees True.
+    compact = types.FunctionType(
+        fused.__code__,
+        {**fused.__globals__, "_use_triton": lambda device: True},
+        fused.__name__,
+        fused.__defaults__,
+        fused.__closure__,
+    )
+    compact.__kwdefaults__ = fused.__kwdefaults__
+    compact.__dict__.update(fused.__dict__)
+    model.forward = types.MethodType(compact, model)
+
+
+@dataclasses.dataclass(frozen=True)
+class LMHead:
+    """The LM head of a model with TRL's fused head, for projections of our own inside the wrapped forward.
+
+    Attributes:
+        model: Base causal language model (not the PEFT wrapper).
+        logit_scale: Factor on the logits (Cohere, Granite, ...).
+        softcap: Bound of the tanh on the logits (Gemma), or `None`.
+    """
+
+    model: torch.nn.Module
+    logit_scale: float
+    softcap: float | None
+
+    @classmethod
+    def of(cls, model: torch.nn.Module) -> "LMHead":
+        """Read scale and cap from the fused head, so that both projections agree."""
+        options = inspect.getclosurevars(_fused_forward_of(model)).nonlocals
+        return cls(model, options["logit_scale"], options["final_logit_softcapping"])
+
+    def logit_tiles(self, hidden: torch.Tensor, tile_elements: int = 2**26) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Project `hidden` of shape (N, H) tile by tile, without gradient.
+
+        Yields the slice of rows and their float32 logits, shape (rows, V), at most `tile_elements` elements. Shards of
+        FSDP2 and ZeRO-3 are gathered for the duration; call it inside the wrapped forward.
+        """
+        head = self.model.get_output_embeddings()
+        weight, bias = head.weight, head.bias
+        if isinstance(weight, DTensor):
+            weight = weight.full_tensor()
+            bias = bias.full_tensor() if bias is not None else None
+        hidden = hidden.to(weight.device)
+        device_type = hidden.device.type
+        dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else hidden.dtype
+        with torch.no_grad(), torch.autocast(device_type, enabled=False), maybe_gather_lm_head_ctx(weight, bias):
+            weight = weight.to(dtype)
+            rows = max(1, tile_elements // weight.size(0))
+            for start in range(0, hidden.size(0), rows):
+                tile = slice(start, min(start + rows, hidden.size(0)))
+                logits = torch.nn.functional.linear(
+                    hidden[tile].to(dtype), weight, None if bias is None else bias.to(dtype)
+                )
+                logits = logits.float()
+                if self.logit_scale != 1.0:
+                    logits = logits * self.logit_scale
+                if self.softcap is not None:
+                    logits = self.softcap * torch.tanh(logits / self.softcap)
+                yield tile, logits
+
+
+def keep_4bit_trainable_on_cpu(model: torch.nn.Module) -> None:
+    """Stop bitsandbytes from repacking 4-bit weights on CPUs with AVX512-BF16.
+
+    A forward in eval mode (precomputed references, evaluation, generation) repacks them into a format without
+    autograd, and every later backward is wrong for the layers below. Call it before the first forward.
+
+    Raises:
+        ValueError: A weight is already packed: gradients of this instance would be wrong.
+    """
+    for name, module in model.named_modules():
+        if not hasattr(module, "support_avx512bf16_for_cpu"):
+            continue
+        module.support_avx512bf16_for_cpu = False
+        if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
+            raise ValueError(
+                f"The 4-bit weight of `{name}` was packed for inference by an earlier forward in eval mode on this CPU; "
+                "gradients through it would be wrong. Load the model again and pass it to the trainer before running "
+                "it, or pass the model's path together with `quantization_config`."
+            )
+
+
+check_trl()
