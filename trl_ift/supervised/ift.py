@@ -20,6 +20,8 @@ The batch loss is the mean over documents. With lambda = 0 and gamma = 0 it is t
 import functools
 import math
 import types
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -408,34 +410,27 @@ def _propagation_scores(
     norm: str,
     side: str,
 ) -> torch.Tensor:
-    """The unnormalised weights, (B, T); finite everywhere, meaningful on `mask`."""
+    """The weights up to a constant factor a document, (B, T); finite everywhere, meaningful on `mask`."""
     if side == "left":
         reach = discounted_future_sum(items, documents, gamma)
-        if norm == "L1":
-            return reach
-        if norm == "L2":
-            return reach**2
-        if norm == "log":
-            return torch.log1p(reach)
     else:
         past = discounted_future_sum(items.flip(-1), documents.flip(-1), gamma).flip(-1)
-        positive = mask & (past > 0)
-        smallest = torch.where(positive, past, math.inf).amin()
+        smallest = torch.where(mask & (past > 0), past, math.inf).amin()
         # All losses 0: any constant gives w = 1
-        smallest = torch.where(torch.isfinite(smallest), smallest, 1.0)
-        past = past + smallest
-        if norm == "L1":
-            return 1 / past
-        if norm == "L2":
-            return 1 / past**2
-        if norm == "log":
-            return 1 / torch.log1p(past)
-        reach = 1 / past
-    # Softmax over the trained tokens of a document; its own normaliser is the caller's
-    peaks = reach.new_full((num_documents,), -math.inf).index_reduce(
-        0, documents.flatten(), torch.where(mask, reach, -math.inf).detach().flatten(), "amax"
-    )
-    return torch.exp(torch.where(mask, reach - peaks[documents], -math.inf))
+        past = past + torch.where(torch.isfinite(smallest), smallest, 1.0)
+        reach = 1 / torch.log1p(past) if norm == "log" else 1 / past
+    if norm == "log":
+        return torch.log1p(reach) if side == "left" else reach
+    peaks = _max_by_document(torch.where(mask, reach, 0.0).detach(), documents, num_documents)[documents]
+    if norm == "softmax":  # over the trained tokens of the document; the caller divides by the sum
+        return torch.exp(torch.where(mask, reach - peaks, -math.inf))
+    # Scale-free, so divided by the largest: the square and its gradient stay in the range of float32
+    reach = reach / torch.where(peaks > 0, peaks, 1.0)
+    return reach if norm == "L1" else reach**2
+
+
+def _max_by_document(values: torch.Tensor, documents: torch.Tensor, num_documents: int) -> torch.Tensor:
+    return values.new_zeros(num_documents).scatter_reduce(0, documents.flatten(), values.flatten(), "amax")
 
 
 def loss_coefficients(
@@ -515,7 +510,7 @@ def add_two_pass_forward(
                 # Casts made without gradient would be re-used by the second pass, and its weights get no gradient
                 cache_enabled=False,
             )
-            with torch.no_grad(), autocast:
+            with torch.no_grad(), autocast, _without_checkpointing(self):
                 skipped = ("labels", "fused_lm_head", "num_items_in_batch", "output_router_logits", "use_cache")
                 first = self.base_model(
                     inputs_embeds=embeddings,
@@ -540,6 +535,19 @@ def add_two_pass_forward(
         return _with_sums(fused_forward(inputs_embeds=embeddings, **kwargs), **sums)
 
     model.forward = types.MethodType(two_pass_forward, model)
+
+
+@contextmanager
+def _without_checkpointing(model: torch.nn.Module) -> Iterator[None]:
+    """Switch gradient checkpointing off: a pass without gradient saves nothing, and reentrant checkpoints would warn."""
+    layers = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
+    for layer in layers:
+        layer.gradient_checkpointing = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.gradient_checkpointing = True
 
 
 def _with_sums(
