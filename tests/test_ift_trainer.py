@@ -633,7 +633,7 @@ class TestOptions:
         generator = torch.Generator().manual_seed(0)
         rows = torch.randint(10, 250, (64, 12), generator=generator).tolist()
         data = Dataset.from_list([{"input_ids": [*row, tokenizer.eos_token_id]} for row in rows])
-        trainer = make(tmp_path, tokenizer, data=data, max_steps=60, per_device_train_batch_size=16)
+        trainer = make(tmp_path, tokenizer, data=data, max_steps=120, per_device_train_batch_size=16)
         trainer.train()
         full = make(tmp_path, tokenizer, trainer.model, data, ift_propagation_grad="full", max_steps=1)
         inputs = batch_of(full)

@@ -5,16 +5,21 @@ earlier results, the model card, and pushes without pickles.
 """
 
 import json
+import os
 import re
 import shutil
-from dataclasses import dataclass, field
+import sys
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import is_peft_model
 from huggingface_hub import EvalResult
 
 from .checks import check_model_source, check_output_dir, check_quantization, resolve_checkpoint
-from .trl_internals import get_config_model_id
+from .hub.card import build_model_card, is_hub_id, library_versions
+from .registry import get_method
+from .trl_internals import get_comet_experiment_url, get_config_model_id, get_trackio_space_url
 
 
 _STATE_FILE = "trl_ift_state.json"
@@ -134,25 +139,18 @@ class ExtensionTrainer:
             split: Split of the dataset.
             metric_name: Name to print; the identifier by default.
         """
-        result = EvalResult(
-            task_type="text-generation",
-            dataset_type=re.sub(r"[^\w./-]+", "-", dataset),
-            dataset_name=dataset,
-            dataset_split=split,
-            metric_type=metric,
-            metric_name=metric_name or metric,
-            metric_value=value,
-        )
         results = self.__dict__.setdefault("_eval_results", {})
-        results[(metric, dataset, split)] = result
+        results[(metric, dataset, split)] = _eval_result(metric, value, dataset, split, metric_name)
 
-    def _logged_eval_results(self) -> dict[str, float]:
-        """Loss metrics of the last evaluation during training."""
-        for entry in reversed(self.state.log_history):
-            found = {key: entry[key] for key in ("eval_loss", "eval_sft_loss") if key in entry}
-            if found:
-                return found
-        return {}
+    def _all_eval_results(self) -> list[EvalResult]:
+        """The results added, and the losses of the last evaluation during training."""
+        results = dict(self.__dict__.get("_eval_results", {}))
+        logged = next((entry for entry in reversed(self.state.log_history) if "eval_loss" in entry), {})
+        dataset = getattr(self, "_dataset_name", None) or "evaluation dataset"
+        for key, name in (("eval_loss", f"{self._name} loss"), ("eval_sft_loss", "NLL per token (nats)")):
+            if key in logged:
+                results[key] = _eval_result(key.removeprefix("eval_"), logged[key], dataset, "evaluation", name)
+        return list(results.values())
 
     def create_model_card(
         self,
@@ -170,4 +168,126 @@ class ExtensionTrainer:
         if not self.is_world_process_zero():
             return
         self._dataset_name = dataset_name or getattr(self, "_dataset_name", None)
-        super().create_model_card(model_name, self._dataset_name, tags)
+        self._card_name = model_name or getattr(self, "_card_name", None)
+        self._card_tags = [tags] if isinstance(tags, str) else list(tags or getattr(self, "_card_tags", []))
+        self._write_model_card(Path(self.args.output_dir))
+
+    def _write_model_card(self, folder: Path) -> None:
+        card = build_model_card(
+            model_name=getattr(self, "_card_name", None) or Path(self.args.hub_model_id or self.args.output_dir).name,
+            dataset_names=getattr(self, "_dataset_name", None),
+            tags=[*self._tag_names, *getattr(self, "_card_tags", [])],
+            **self._card_arguments(),
+        )
+        folder.mkdir(parents=True, exist_ok=True)
+        card.save(folder / "README.md")
+
+    def _card_arguments(self) -> dict[str, Any]:
+        args, config = self.args, self.model.config
+        adapter = next(iter(self.model.peft_config.values())) if is_peft_model(self.model) else None
+        quantization = getattr(config, "quantization_config", None)
+        source = get_config_model_id(config)
+        on_hub = args.hub_base_model or (
+            source if source and not os.path.isdir(source) and is_hub_id(source) else None
+        )
+        steps = {"max_steps": args.max_steps} if args.max_steps > 0 else {"num_train_epochs": args.num_train_epochs}
+        wandb_run = sys.modules["wandb"].run if "wandb" in sys.modules else None
+        return {
+            "method": get_method(self.method).title,
+            "trainer_name": type(self).__name__,
+            "paper_title": self._paper["title"],
+            "paper_id": self._paper["id"],
+            "citation": self._paper["citation"],
+            "base_model": on_hub,
+            "base_model_label": source or None,
+            "hub_model_id": self.hub_model_id,
+            "method_parameters": {
+                name: getattr(args, name) for name in self.own_options() if getattr(args, name) is not None
+            },
+            "training_parameters": {
+                "learning_rate": args.learning_rate,
+                "lr_scheduler_type": str(args.lr_scheduler_type.value),
+                "warmup_steps": args.warmup_steps,
+                "optim": str(getattr(args.optim, "value", args.optim)),
+                **steps,
+                "batch size": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+                "max_length": args.max_length,
+                "max_grad_norm": args.max_grad_norm,
+                "precision": "bf16"
+                if args.bf16
+                else "fp16"
+                if args.fp16
+                else str(self.model.dtype).removeprefix("torch."),
+                "seed": args.seed,
+            },
+            "versions": library_versions(),
+            "peft": adapter is not None,
+            "peft_summary": _adapter_summary(adapter) if adapter is not None else None,
+            "quantization": _quantization_summary(quantization) if quantization is not None else None,
+            "chat": bool(getattr(self.processing_class, "chat_template", None)),
+            "eval_results": self._all_eval_results(),
+            "wandb_url": wandb_run.url if wandb_run is not None else None,
+            "trackio_url": get_trackio_space_url(),
+            "comet_url": get_comet_experiment_url(),
+        }
+
+    @classmethod
+    def own_options(cls) -> list[str]:
+        """Names of the config fields that the method adds to TRL's."""
+        shared = {field.name for field in fields(ExtensionConfig)}
+        parents = [base for base in cls.config_class.__mro__[1:] if is_dataclass(base) and base is not ExtensionConfig]
+        inherited = {field.name for base in parents for field in fields(base)}
+        return [field.name for field in fields(cls.config_class) if field.name not in shared | inherited]
+
+    # ---------------------------------------------------------------- saving and pushing
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)  # type: ignore[misc]
+        folder = Path(output_dir or self.args.output_dir)
+        adapter_path = folder / "adapter_config.json"
+        if self.args.hub_base_model and adapter_path.is_file():
+            # The adapter of a local copy is loaded elsewhere from the Hub's base
+            adapter = json.loads(adapter_path.read_text())
+            adapter["base_model_name_or_path"] = self.args.hub_base_model
+            adapter_path.write_text(json.dumps(adapter, indent=2, sort_keys=True))
+        # PEFT writes a card of its own, or edits ours, on every save
+        self._write_model_card(folder)
+
+
+def _eval_result(metric: str, value: float, dataset: str, split: str | None, metric_name: str | None) -> EvalResult:
+    return EvalResult(
+        task_type="text-generation",
+        dataset_type=re.sub(r"[^\w./-]+", "-", dataset),
+        dataset_name=dataset,
+        dataset_split=split,
+        metric_type=metric,
+        metric_name=metric_name or metric,
+        metric_value=value,
+    )
+
+
+def _adapter_summary(config: Any) -> str:
+    """A PEFT config in a few words, e.g. `LORA, rank 16, alpha 32, on down_proj, q_proj`."""
+    parts = [str(getattr(config.peft_type, "value", config.peft_type))]
+    parts += [
+        f"{label} {getattr(config, name)}"
+        for name, label in (("r", "rank"), ("lora_alpha", "alpha"))
+        if hasattr(config, name)
+    ]
+    targets = getattr(config, "target_modules", None)
+    if targets:
+        names = [targets] if isinstance(targets, str) else sorted({name.split(".")[-1] for name in targets})
+        parts.append("on " + ", ".join(names))
+    if getattr(config, "modules_to_save", None):
+        parts.append("and trained whole: " + ", ".join(config.modules_to_save))
+    return ", ".join(parts)
+
+
+def _quantization_summary(config: Any) -> str:
+    """A quantization config in a few words, e.g. `bitsandbytes 4-bit nf4`."""
+    options = config if isinstance(config, dict) else config.to_dict()
+    method = str(getattr(options.get("quant_method"), "value", options.get("quant_method", "unknown")))
+    if options.get("load_in_4bit"):
+        double = ", double quantization" if options.get("bnb_4bit_use_double_quant") else ""
+        return f"{method} 4-bit {options.get('bnb_4bit_quant_type', '')}{double}"
+    return f"{method} 8-bit" if options.get("load_in_8bit") else method
