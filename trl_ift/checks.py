@@ -51,8 +51,8 @@ def check_quantization(quantization_config: Any) -> None:
     bits = next((b for b in (4, 8) if getattr(quantization_config, f"load_in_{b}bit", False)), None)
     if bits is not None and find_spec("bitsandbytes") is None:
         raise ImportError(
-            f"`quantization_config` asks for {bits}-bit weights, but bitsandbytes is not installed. Install it with "
-            '`pip install "trl-ift[quantization]"`, or drop `quantization_config`.'
+            f"{bits}-bit weights are asked for (`load_in_{bits}bit`), but bitsandbytes is not installed. Install it with "
+            '`pip install "trl-ift[quantization]"`, or drop the option.'
         )
 
 

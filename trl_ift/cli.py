@@ -29,7 +29,7 @@ _TOOLS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run `trl-ift` and return its exit code (argparse exits by itself after `--help` and usage errors)."""
+    """Run `trl-ift` and return its exit code; `--help` and usage errors exit at once, as argparse does."""
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = _make_parser()
     if not argv:
@@ -45,8 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     if not command.startswith("-") and command not in known:
         near = get_close_matches(command, known, n=1)
         hint = f"Did you mean `trl-ift {near[0]}`?" if near else f"The commands are: {', '.join(known)}."
-        print(f"trl-ift: error: unknown command {command!r}. {hint}", file=sys.stderr)
-        return 2
+        parser.exit(2, f"trl-ift: error: unknown command {command!r}. {hint}\n")
     args = parser.parse_args(argv)
     if args.command == "methods":
         print(methods_table() if args.markdown else _terminal_table())
@@ -117,7 +116,7 @@ def _train(method: Method, argv: list[str]) -> int:
     parser = make_parser(method, prog)
     if "-h" in argv or "--help" in argv:
         parser.print_help()
-        return 0
+        parser.exit()
     try:
         launch_args = _launch_arguments(parser, method, argv)
         return _launch(launch_args)
@@ -163,7 +162,7 @@ def _launch_arguments(parser: Any, method: Method, argv: Sequence[str]) -> argpa
         parser.error(f"unexpected argument {excess[0]!r}")
 
     if config_file is not None:
-        from_file = _launcher_options(config_file, parser, launcher, launch_options, known)
+        from_file = _launcher_options(config_file, parser, launcher, launch_options)
         to_launcher = [token for pair in from_file if pair[0] not in to_launcher for token in pair] + to_launcher
     to_launcher = resolve_accelerate_config_argument(to_launcher)
     script = str(Path(__file__).parent / "scripts" / "train.py")
@@ -188,7 +187,7 @@ def _take_config(argv: Sequence[str], error: Any) -> tuple[str | None, list[str]
     return (files[0] if files else None), rest
 
 
-def _launcher_options(config_file: str, parser: Any, launcher: Any, launch_options: set[str], known: set[str]) -> list:
+def _launcher_options(config_file: str, parser: Any, launcher: Any, launch_options: set[str]) -> list[list[str]]:
     """Options of `accelerate launch` in a YAML file, as [option, value] or, for a switch, [option].
 
     Sets the variables under `env:`, for the launched processes too. Keys that nobody knows are refused.
@@ -213,6 +212,7 @@ def _launcher_options(config_file: str, parser: Any, launcher: Any, launch_optio
         if key in script_keys:
             continue
         if option not in launch_options:
+            known = launch_options | {f"--{known_key}" for known_key in script_keys}
             parser.error(f"in {config_file}: {unknown_option(option, known)}")
         if option not in switches:
             options.append([option, str(value)])
@@ -233,7 +233,8 @@ def _launch(args: argparse.Namespace) -> int:
     environment = {"PYTHONSAFEPATH": "1"}
     if not torch.accelerator.is_available():
         # accelerate's defaults are meant for GPUs: one thread a process, and a warning about their number
-        environment["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(torch.get_num_threads()))
+        threads = max(torch.get_num_threads() // (args.num_processes or 1), 1)
+        environment["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(threads))
         logging.getLogger("accelerate.commands.launch").setLevel(logging.ERROR)
     # Ctrl-C reaches the training too, which says how to continue; wait for it. (A handler is not inherited.)
     previous = signal.signal(signal.SIGINT, lambda *_: None)

@@ -95,8 +95,9 @@ class IFTConfig(ExtensionConfig, SFTConfig):
             How gradients pass through the weights. All three have the same loss value. `"numerator"` (our choice):
             through C, not through its normaliser. `"full"` (the released code): through both. `"none"`: the weights are
             constants. `"full"` has NEGATIVE coefficients for tokens much easier than those before them, typically the
-            end-of-sequence token, and makes them less likely: see the figures in `benchmarks/README.md`, where 300
-            steps leave P(EOS) at 0.36 ("full") against 0.997 ("numerator", and SFT).
+            end-of-sequence token, and makes them less likely. `examples/eos_hazard.py` trains on rows of random tokens
+            whose end is certain; after 300 steps with lambda 0 (and 0.2), P(EOS) is 0.365 (0.326) with `"full"`, 0.998
+            (0.998) with `"numerator"`, 0.913 with `"none"` and 0.998 with SFT (means of 3 seeds).
 
         > Parameters that control the training
 

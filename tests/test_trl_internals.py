@@ -1,0 +1,242 @@
+"""Contracts with the installed TRL: what `trl_internals` relies on, and what it adds."""
+
+import inspect
+import re
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from trl import SFTTrainer
+from trl.trainer.utils import add_fused_lm_head
+
+import trl_ift
+from trl_ift.trl_internals import (
+    TESTED_TRL,
+    FusedTap,
+    LMHead,
+    check_trl,
+    keep_4bit_trainable_on_cpu,
+    score_labelled_positions_only,
+)
+
+
+OUTPUTS = ("log_probs", "entropy", "is_top1")
+
+
+class TestCheckTRL:
+    def test_the_installed_version_passes_silently(self):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            check_trl(f"{TESTED_TRL[-1]}.0")
+
+    def test_untested_minor_warns(self):
+        with pytest.warns(UserWarning, match=r"tested with trl .*; found 1\.99\.0"):
+            check_trl("1.99.0")
+
+    def test_changed_signature_is_an_import_error(self):
+        expected = {SFTTrainer.compute_loss: ("self", "model", "batch")}
+        with pytest.raises(
+            ImportError, match=r"does not work with trl 1\.99\.0: SFTTrainer\.compute_loss\(self, model"
+        ):
+            check_trl("1.99.0", expected)
+
+    def test_runs_on_import(self):
+        code = (
+            "import trl.trainer.utils as u\n"
+            "u.FusedCausalLMOutput.__dataclass_fields__.pop('is_top1')\n"
+            "import trl_ift.trl_internals\n"
+        )
+        finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+        assert finished.returncode != 0
+        assert "FusedCausalLMOutput lacks ['is_top1']" in finished.stderr
+
+    def test_private_names_of_trl_stay_in_one_module(self):
+        pattern = re.compile(
+            r"from trl\.(trainer\.utils|models\.utils|data_utils|kernels)|from trl\.[\w.]+ import .*\b_|trl\.[\w.]+\._"
+        )
+        package = Path(trl_ift.__file__).parent
+        offenders = [
+            path.name
+            for path in package.rglob("*.py")
+            if path.name != "trl_internals.py" and pattern.search(path.read_text())
+        ]
+        assert offenders == []
+
+    def test_attributes_the_trainers_read(self, tmp_path, tokenizer):
+        from trl import SFTConfig
+
+        trainer = SFTTrainer(
+            model=tiny.model("llama", tokenizer),
+            args=SFTConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none"),
+            train_dataset=tiny.text_data(),
+            processing_class=tokenizer,
+        )
+        for name in ("_metrics", "_total_train_tokens", "aux_loss_enabled", "router_aux_loss_coef", "hub_model_id"):
+            assert hasattr(trainer, name), name
+        assert trainer.get_tp_size() == 1
+        assert list(inspect.signature(trainer.get_batch_samples).parameters) == [
+            "epoch_iterator",
+            "num_batches",
+            "device",
+        ]
+
+
+def batch(tokenizer, trained_from=8):
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, len(tokenizer), (3, 20), generator=generator)
+    labels = ids.clone()
+    labels[:, :trained_from] = -100
+    labels[1] = -100
+    labels[2, 12:15] = -100
+    mask = torch.ones_like(ids)
+    mask[0, 17:] = 0
+    labels[0, 17:] = -100
+    return {"input_ids": ids, "labels": labels, "attention_mask": mask}
+
+
+class TestLabelledPositionsOnly:
+    """Projecting only labelled positions: TRL's values and gradients, fewer rows in the head."""
+
+    @pytest.mark.parametrize("family", ["llama", "llama-tied", "gemma2", "qwen3-moe"])
+    def test_equals_trl(self, tokenizer, family):
+        results = []
+        for ours in (False, True):
+            model = tiny.model(family, tokenizer)
+            add_fused_lm_head(model, outputs=OUTPUTS)
+            if ours:
+                score_labelled_positions_only(model)
+            extra = {"output_router_logits": True} if family == "qwen3-moe" else {}
+            output = model(**batch(tokenizer), fused_lm_head=True, **extra)
+            (output.loss + (output.log_probs**2).sum() + output.entropy.sum()).backward()
+            results.append((output, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}))
+        (theirs, their_gradients), (ours, our_gradients) = results
+        for field in ("loss", "log_probs", "entropy", "is_top1", "label_mask"):
+            torch.testing.assert_close(getattr(ours, field), getattr(theirs, field), rtol=1e-5, atol=1e-6)
+        assert our_gradients.keys() == their_gradients.keys()
+        for name, gradient in their_gradients.items():
+            torch.testing.assert_close(our_gradients[name], gradient, rtol=1e-4, atol=1e-5)
+
+    def test_projects_only_labelled_rows(self, tokenizer, monkeypatch):
+        rows = []
+        original = torch.mm
+        monkeypatch.setattr(torch, "mm", lambda a, b, **kwargs: (rows.append(a.size(0)), original(a, b, **kwargs))[1])
+        inputs = batch(tokenizer)
+        model = tiny.model("llama", tokenizer)
+        add_fused_lm_head(model)
+        with torch.no_grad():
+            model(**inputs, fused_lm_head=True)
+            score_labelled_positions_only(model)
+            model(**inputs, fused_lm_head=True)
+        assert rows == [3 * 19, (inputs["labels"][:, 1:] != -100).sum()]
+
+    def test_a_batch_without_labels_is_a_differentiable_zero(self, tokenizer):
+        model = tiny.model("llama", tokenizer)
+        add_fused_lm_head(model)
+        score_labelled_positions_only(model)
+        inputs = batch(tokenizer) | {"labels": torch.full((3, 20), -100)}
+        loss = model(**inputs, fused_lm_head=True).loss
+        loss.backward()
+        assert loss == 0
+
+    def test_leaves_trl_alone(self, tokenizer):
+        first, second = tiny.model("llama", tokenizer), tiny.model("llama", tokenizer)
+        add_fused_lm_head(first)
+        add_fused_lm_head(second)
+        before = second.forward.__func__
+        score_labelled_positions_only(first)
+        assert second.forward.__func__ is before
+        assert inspect.signature(first.forward) == inspect.signature(second.forward)
+
+    def test_needs_the_fused_head(self, tokenizer):
+        with pytest.raises(ValueError, match="add_fused_lm_head"):
+            score_labelled_positions_only(tiny.model("llama", tokenizer))
+
+
+class TestLMHead:
+    @pytest.mark.parametrize("family", ["llama", "gemma2"])
+    @pytest.mark.parametrize("tile_elements", [1, 1000, 2**26])
+    def test_tiles_are_the_logits(self, tokenizer, family, tile_elements):
+        model = tiny.model(family, tokenizer)
+        add_fused_lm_head(model)
+        inputs = batch(tokenizer)
+        with torch.no_grad():
+            expected = model(input_ids=inputs["input_ids"]).logits.flatten(0, 1)
+            hidden = model.base_model(input_ids=inputs["input_ids"]).last_hidden_state.flatten(0, 1)
+        tiles = list(LMHead.of(model).logit_tiles(hidden, tile_elements))
+        assert [tile.start for tile, _ in tiles] == [0, *[tile.stop for tile, _ in tiles][:-1]]
+        torch.testing.assert_close(torch.cat([logits for _, logits in tiles]), expected, rtol=1e-5, atol=1e-5)
+
+    def test_scaled_logits(self, tokenizer):
+        from transformers import CohereConfig, CohereForCausalLM
+
+        torch.manual_seed(0)
+        model = CohereForCausalLM(
+            CohereConfig(
+                vocab_size=50, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+                logit_scale=0.25, pad_token_id=0, eos_token_id=1, bos_token_id=None,
+            )
+        ).eval()  # fmt: skip
+        add_fused_lm_head(model)
+        ids = torch.arange(8)[None]
+        with torch.no_grad():
+            expected = model(input_ids=ids).logits[0]
+            hidden = model.base_model(input_ids=ids).last_hidden_state[0]
+        ((_, logits),) = LMHead.of(model).logit_tiles(hidden)
+        torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_tap_extends_and_keeps_the_first_fused_call_only():
+    calls = []
+
+    class Model:
+        name = "model"
+
+        def __call__(self, **kwargs):
+            calls.append(kwargs)
+            return len(calls)
+
+    tap = FusedTap(Model(), extra=1)
+    assert [tap(a=1), tap(fused_lm_head=True), tap(fused_lm_head=True)] == [1, 2, 3]
+    assert calls == [{"a": 1}, {"fused_lm_head": True, "extra": 1}, {"fused_lm_head": True}]
+    assert tap.output == 2
+    assert tap.name == "model"
+
+
+class Test4BitOnCPU:
+    def test_gradients_survive_a_forward_in_eval_mode(self, model_dir, tokenizer):
+        """What happens without the guard depends on the CPU (AVX512-BF16); with it, nothing may."""
+        pytest.importorskip("bitsandbytes")
+        norms = []
+        for forward_first in (False, True):
+            torch.manual_seed(0)
+            model = AutoModelForCausalLM.from_pretrained(
+                model_dir,
+                quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32),
+            )
+            keep_4bit_trainable_on_cpu(model)
+            model = get_peft_model(model, LoraConfig(target_modules="all-linear", init_lora_weights=False))
+            inputs = batch(tokenizer)
+            if forward_first:
+                with torch.no_grad():
+                    model.eval()(**inputs)
+            model.train()(**inputs).loss.backward()
+            norms.append(torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]))
+        torch.testing.assert_close(norms[0], norms[1])
+
+    def test_every_4bit_layer_is_marked(self, model_dir):
+        pytest.importorskip("bitsandbytes")
+        from bitsandbytes.nn import Linear4bit
+
+        model = AutoModelForCausalLM.from_pretrained(
+            model_dir, quantization_config=BitsAndBytesConfig(load_in_4bit=True)
+        )
+        keep_4bit_trainable_on_cpu(model)
+        layers = [module for module in model.modules() if isinstance(module, Linear4bit)]
+        assert layers
+        assert not any(layer.support_avx512bf16_for_cpu for layer in layers)
