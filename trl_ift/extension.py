@@ -11,7 +11,7 @@ import shutil
 import sys
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import is_peft_model
 from huggingface_hub import EvalResult
@@ -20,6 +20,12 @@ from .checks import check_model_source, check_output_dir, check_quantization, re
 from .hub.card import build_model_card, is_hub_id, library_versions
 from .registry import get_method
 from .trl_internals import get_comet_experiment_url, get_config_model_id, get_trackio_space_url
+
+
+if TYPE_CHECKING:  # a mixin: the trainer it extends is the next class in the bases of its subclasses
+    from transformers import Trainer as _Trainer
+else:
+    _Trainer = object
 
 
 _STATE_FILE = "trl_ift_state.json"
@@ -50,7 +56,7 @@ class ExtensionConfig:
     )
 
 
-class ExtensionTrainer:
+class ExtensionTrainer(_Trainer):
     """Mixin for subclasses of TRL trainers; stands before the TRL class in the bases.
 
     Attributes:
@@ -66,7 +72,7 @@ class ExtensionTrainer:
         """Return `args`, or the default config for `args=None`; refuse any other class."""
         if args is None:
             source = model if isinstance(model, str) else get_config_model_id(model.config)
-            return cls.config_class(f"{source.split('/')[-1] or 'model'}-{cls._name}")  # type: ignore[attr-defined]
+            return cls.config_class(f"{source.split('/')[-1] or 'model'}-{cls._name}")
         if not isinstance(args, cls.config_class):
             raise TypeError(
                 f"`args` is a `{type(args).__name__}`, but {cls.__name__} needs a `{cls.config_class.__name__}`: it holds the "
@@ -93,7 +99,7 @@ class ExtensionTrainer:
             self._owns_output_dir = True
         if checkpoint is not None:
             self._load_extension_state(Path(checkpoint))
-        return super().train(checkpoint, *args, **kwargs)  # type: ignore[misc]
+        return super().train(checkpoint, *args, **kwargs)
 
     def _remove_checkpoints(self) -> None:
         # Left behind, they would be picked up by a later `resume_from_checkpoint=True` of this run
@@ -118,7 +124,7 @@ class ExtensionTrainer:
             # A stale marker of completeness must not vouch for files that are about to be written anew
             (checkpoint / "trainer_state.json").unlink(missing_ok=True)
             (checkpoint / _STATE_FILE).write_text(json.dumps(self._extension_state()))
-        super()._save_checkpoint(model, trial)  # type: ignore[misc]
+        super()._save_checkpoint(model, trial)
 
     # ---------------------------------------------------------------- model card
 
@@ -145,7 +151,9 @@ class ExtensionTrainer:
     def _all_eval_results(self) -> list[EvalResult]:
         """The results added, and the losses of the last evaluation during training."""
         results = dict(self.__dict__.get("_eval_results", {}))
-        logged = next((entry for entry in reversed(self.state.log_history) if "eval_loss" in entry), {})
+        logged: dict[str, float] = next(
+            (entry for entry in reversed(self.state.log_history) if "eval_loss" in entry), {}
+        )
         dataset = getattr(self, "_dataset_name", None) or "evaluation dataset"
         for key, name in (("eval_loss", f"{self._name} loss"), ("eval_sft_loss", "NLL per token (nats)")):
             if key in logged:
@@ -242,7 +250,7 @@ class ExtensionTrainer:
     # ---------------------------------------------------------------- saving and pushing
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        super()._save(output_dir, state_dict)  # type: ignore[misc]
+        super()._save(output_dir, state_dict)
         folder = Path(output_dir or self.args.output_dir)
         adapter_path = folder / "adapter_config.json"
         if self.args.hub_base_model and adapter_path.is_file():

@@ -116,7 +116,7 @@ class FusedTap:
         return getattr(self.model, name)
 
 
-def _fused_forward_of(model: torch.nn.Module) -> types.FunctionType:
+def _fused_forward_of(model: torch.nn.Module) -> Any:
     forward = model.forward.__func__ if isinstance(model.forward, types.MethodType) else None
     if forward is None or "final_logit_softcapping" not in forward.__code__.co_freevars:
         raise ValueError(f"`add_fused_lm_head` was not applied to this {type(model).__name__}.")

@@ -578,8 +578,8 @@ def _predict(
     """
     tokens = torch.empty_like(targets)
     nll = torch.zeros((), dtype=torch.float32, device=hidden.device)
-    mixed = hidden.new_empty(hidden.shape) if prediction in ("expected", "topk") else None
-    table = None
+    mixed = hidden.new_empty(hidden.shape)
+    table: torch.Tensor | None = None
     generator = torch.Generator(hidden.device).manual_seed(seed) if prediction == "sample" else None
     for tile, logits in head.logit_tiles(hidden):
         true_logits = logits.gather(-1, targets[tile, None].to(logits.device)).squeeze(-1)
@@ -598,7 +598,7 @@ def _predict(
             best, ids = (logits / temperature).topk(min(top_k, logits.size(-1)), dim=-1)
             vectors = embed(ids)
             mixed[tile] = (best.softmax(-1)[..., None].to(vectors.dtype) * vectors).sum(-2).to(mixed.dtype)
-    return tokens, mixed, nll
+    return tokens, mixed if prediction in ("expected", "topk") else None, nll
 
 
 # ---------------------------------------------------------------------------------------------------------- trainer
