@@ -1,0 +1,145 @@
+"""The contract of every registered method: a method is under all of these the moment it stands in the registry."""
+
+import importlib
+import math
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from huggingface_hub import ModelCard
+from peft import LoraConfig
+from transformers import Trainer, TrainingArguments
+
+import trl_ift
+from trl_ift import METHODS, get_method
+from trl_ift.extension import ExtensionConfig, ExtensionTrainer
+from trl_ift.hub.card import check_model_card
+from trl_ift.registry import methods_table
+
+
+ROOT = Path(__file__).parent.parent
+every_method = pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
+
+# A setting that makes each option of a method matter: (settings of both runs, the value that is compared with the default)
+OPTIONS = {
+    "ift": {
+        "ift_lambda": ({}, 0.7),
+        "ift_lambda_schedule": ({}, "linear"),
+        "ift_lambda_min": ({"ift_lambda_schedule": "linear"}, 0.1),
+        "ift_lambda_warmup_steps": ({"ift_lambda_schedule": "linear"}, 3),
+        "ift_lambda_noise_std": ({}, 0.5),
+        "ift_prediction": ({}, "expected"),
+        "ift_temperature": ({"ift_prediction": "expected"}, 0.3),
+        "ift_top_k": ({"ift_prediction": "topk", "ift_top_k": 2}, 5),
+        "ift_gamma": ({}, 0.5),
+        "ift_propagation": ({}, "mask"),
+        "ift_propagation_norm": ({}, "softmax"),
+        "ift_propagation_side": ({}, "right"),
+        "ift_propagation_grad": ({}, "full"),
+        "ift_loss_normalization": ({}, "token"),
+        "ift_freeze_input_embeddings": ({}, True),
+        "disable_dropout": ({}, False),
+    },
+}
+
+
+def train(method, tmp_path, tokenizer, steps=3, **settings):
+    torch.manual_seed(0)
+    trainer = method.trainer_class(
+        model=tiny.model("llama", tokenizer),
+        args=method.config_class(
+            str(tmp_path), use_cpu=True, bf16=False, report_to="none", disable_tqdm=True, logging_steps=1, max_steps=steps,
+            per_device_train_batch_size=4, learning_rate=1e-2, overwrite_output_dir=True, **settings,
+        ),
+        train_dataset=tiny.prompt_completion_data(),
+        processing_class=tokenizer,
+        peft_config=LoraConfig(r=2, target_modules="all-linear", lora_dropout=0.3) if "disable_dropout" in settings else None,
+    )  # fmt: skip
+    trainer.train()
+    return trainer
+
+
+def trace(trainer):
+    """All that a run shows: losses, gradient norms, own metrics."""
+    timing = ("train_runtime", "train_samples_per_second", "train_steps_per_second", "total_flos")
+    return [{k: v for k, v in entry.items() if k not in timing} for entry in trainer.state.log_history]
+
+
+@every_method
+def test_names(method):
+    module = importlib.import_module(method.module)
+    trainer, config = getattr(trl_ift, method.trainer), getattr(trl_ift, method.config)
+    assert (trainer, config) == (method.trainer_class, method.config_class)
+    assert trainer.config_class is config
+    assert trainer.method == method.name
+    assert issubclass(trainer, ExtensionTrainer)
+    assert issubclass(trainer, Trainer)
+    assert issubclass(config, ExtensionConfig)
+    assert issubclass(config, TrainingArguments)
+    assert trainer._tag_names[:2] == ["trl", "trl-ift"]
+    assert method.name in trainer._tag_names
+    assert trainer._paper["id"] == method.paper
+    assert method.paper in module.__doc__
+    assert get_method(method.name) is method
+
+
+@every_method
+def test_every_option_is_documented(method):
+    described = {field.name: field.metadata.get("help", "") for field in fields(method.config_class)}
+    for name in method.trainer_class.own_options():
+        assert described[name], f"{name} has no help"
+        assert "%" not in described[name].replace("%%", ""), f"argparse needs %% in the help of {name}"
+        assert f"{name} (`" in method.config_class.__doc__, f"{name} is missing in the docstring"
+
+
+@every_method
+def test_every_option_acts(method, tmp_path, tokenizer):
+    """Changing any option changes the run: nothing is accepted and ignored."""
+    options = OPTIONS[method.name]
+    assert list(options) == method.trainer_class.own_options()
+    for name, (common, value) in options.items():
+        default = next(field.default for field in fields(method.config_class) if field.name == name)
+        if name == "disable_dropout":
+            common = {"disable_dropout": default}
+        plain = train(method, tmp_path, tokenizer, **common)
+        changed = train(method, tmp_path, tokenizer, **{**common, name: value})
+        assert value != default
+        assert trace(plain) != trace(changed), f"{name}={value!r} changed nothing"
+
+
+@every_method
+def test_runs_are_reproducible(method, tmp_path, tokenizer):
+    assert trace(train(method, tmp_path, tokenizer)) == trace(train(method, tmp_path, tokenizer))
+
+
+@every_method
+def test_checkpoint_and_card(method, tmp_path, tokenizer):
+    trainer = train(method, tmp_path, tokenizer, steps=2, save_strategy="steps", save_steps=2)
+    assert all(math.isfinite(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry)
+    trainer.add_eval_result("exact_match", 0.25, "a task", split="test")
+    trainer.create_model_card(dataset_name="org/data")
+    for path in (tmp_path / "README.md", tmp_path / "checkpoint-2" / "README.md"):
+        card = ModelCard.load(path)
+        assert check_model_card(card) == []
+        assert trainer._paper["title"] in card.text
+        assert method.title in card.text
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.datasets == ["org/data"]
+    assert [(r.metric_type, r.metric_value) for r in card.data.eval_results] == [("exact_match", 0.25)]
+    for name in trainer.own_options():
+        if getattr(trainer.args, name) is not None:
+            assert f"`{name}`" in card.text
+
+
+def test_readme_shows_the_registry():
+    assert methods_table() in (ROOT / "README.md").read_text()
+
+
+def test_unknown_method():
+    with pytest.raises(ValueError, match="Unknown method 'xyz'. Known methods: ift"):
+        get_method("xyz")
+    with pytest.raises(AttributeError, match="has no attribute 'XYZTrainer'"):
+        _ = trl_ift.XYZTrainer
+    assert "IFTTrainer" in dir(trl_ift)
