@@ -201,8 +201,6 @@ def measure_memory(contender: str, shape: str, layout: str, args) -> float:
 
 
 def peak_memory(contender: str, shape: str, layout: str, args) -> float:
-    import resource
-
     import torch
 
     step = make_step(contender, shape, layout, args)
@@ -212,7 +210,9 @@ def peak_memory(contender: str, shape: str, layout: str, args) -> float:
     step()
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    # Not `ru_maxrss`, which a process inherits from the one that started it
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) / 1024
 
 
 def parse(argv=None) -> argparse.Namespace:

@@ -3,6 +3,8 @@
 import copy
 import json
 import math
+import os
+import signal
 import subprocess
 import sys
 import warnings
@@ -812,11 +814,16 @@ SCRIPT = Path(__file__).parent / "two_processes.py"
 @pytest.mark.slow
 def test_two_processes_equal_accumulation(tmp_path, tokenizer, model_dir):
     """2 gloo processes with batch 2 = 1 process with 2 accumulation steps of batch 2; neutral setting = SFT there."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29561"]
-    finished = subprocess.run(
-        [*command, str(SCRIPT), model_dir, str(tmp_path / "two")], capture_output=True, text=True, timeout=300
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(SCRIPT)]
+    process = subprocess.Popen(
+        [*command, model_dir, str(tmp_path / "two")], stderr=subprocess.PIPE, text=True, start_new_session=True
     )
-    assert finished.returncode == 0, finished.stderr[-3000:]
+    try:
+        _, errors = process.communicate(timeout=300)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # torchrun's workers too
+        raise
+    assert process.returncode == 0, errors[-3000:]
     two = json.loads((tmp_path / "two" / "history.json").read_text())
     for case, settings in {
         "sequence": {},

@@ -4,6 +4,7 @@ Usage: two_processes.py MODEL_DIR OUTPUT_DIR
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -42,7 +43,8 @@ def main(model_dir: str, output_dir: str) -> None:
     if trainer.is_world_process_zero():
         Path(output_dir).mkdir(parents=True, exist_ok=True)
         (Path(output_dir) / "history.json").write_text(json.dumps(histories))
-    trainer.accelerator.end_training()
+    trainer.accelerator.wait_for_everyone()
+    os._exit(0)  # tearing gloo down beside live DDP models sometimes hangs in torch 2.13
 
 
 if __name__ == "__main__":

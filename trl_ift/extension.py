@@ -10,11 +10,15 @@ import re
 import shutil
 import sys
 from dataclasses import dataclass, field, fields, is_dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import is_peft_model
-from huggingface_hub import EvalResult
+from huggingface_hub import EvalResult, HfApi, ModelCard
+from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer_utils import HubStrategy, SaveStrategy
+from transformers.utils import PushInProgress, logging
 
 from .checks import check_model_source, check_output_dir, check_quantization, resolve_checkpoint
 from .hub.card import build_model_card, is_hub_id, library_versions
@@ -29,6 +33,16 @@ else:
 
 
 _STATE_FILE = "trl_ift_state.json"
+# What a push at a checkpoint takes from it: the model, not the state of the optimizer
+_MODEL_FILES = (
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "config.json",
+    "generation_config.json",
+    "adapter_config.json",
+)
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -39,7 +53,8 @@ class ExtensionConfig:
         overwrite_output_dir (`bool`, *optional*, defaults to `False`):
             Whether training may write over the weights and checkpoints of another run in `output_dir`.
         hub_base_model (`str`, *optional*):
-            Hub id of the base model, printed in the model card when the model was loaded from a local folder.
+            Hub id of the base model when it was loaded from a local folder: printed in the model card and written into
+            the adapter's config, so that others can load the adapter.
     """
 
     overwrite_output_dir: bool = field(
@@ -51,7 +66,8 @@ class ExtensionConfig:
     hub_base_model: str | None = field(
         default=None,
         metadata={
-            "help": "Hub id of the base model, printed in the model card when the model was loaded from a local folder."
+            "help": "Hub id of the base model when it was loaded from a local folder: printed in the model card and "
+            "written into the adapter's config, so that others can load the adapter."
         },
     )
 
@@ -177,18 +193,17 @@ class ExtensionTrainer(_Trainer):
             return
         self._dataset_name = dataset_name or getattr(self, "_dataset_name", None)
         self._card_name = model_name or getattr(self, "_card_name", None)
-        self._card_tags = [tags] if isinstance(tags, str) else list(tags or getattr(self, "_card_tags", []))
-        self._write_model_card(Path(self.args.output_dir))
+        card = self._model_card([tags] if isinstance(tags, str) else tags)
+        card.save(os.path.join(self.args.output_dir, "README.md"))
 
-    def _write_model_card(self, folder: Path) -> None:
-        card = build_model_card(
-            model_name=getattr(self, "_card_name", None) or Path(self.args.hub_model_id or self.args.output_dir).name,
+    def _model_card(self, tags: list[str] | None = None) -> ModelCard:
+        folder = os.path.abspath(self.args.output_dir)
+        return build_model_card(
+            model_name=getattr(self, "_card_name", None) or Path(self.args.hub_model_id or folder).name,
             dataset_names=getattr(self, "_dataset_name", None),
-            tags=[*self._tag_names, *getattr(self, "_card_tags", [])],
+            tags=[*self._tag_names, *(tags or [])],
             **self._card_arguments(),
         )
-        folder.mkdir(parents=True, exist_ok=True)
-        card.save(folder / "README.md")
 
     def _card_arguments(self) -> dict[str, Any]:
         args, config = self.args, self.model.config
@@ -250,16 +265,90 @@ class ExtensionTrainer(_Trainer):
     # ---------------------------------------------------------------- saving and pushing
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        super()._save(output_dir, state_dict)
+        # transformers writes `training_args.bin` here, a pickle with `hub_token` in clear that nothing reads
+        token, self.args.hub_token = self.args.hub_token, None
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            self.args.hub_token = token
+        if not self.args.should_save:
+            return
         folder = Path(output_dir or self.args.output_dir)
-        adapter_path = folder / "adapter_config.json"
-        if self.args.hub_base_model and adapter_path.is_file():
+        (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+        path = folder / "adapter_config.json"
+        if self.args.hub_base_model and path.is_file():
             # The adapter of a local copy is loaded elsewhere from the Hub's base
-            adapter = json.loads(adapter_path.read_text())
+            adapter = json.loads(path.read_text())
             adapter["base_model_name_or_path"] = self.args.hub_base_model
-            adapter_path.write_text(json.dumps(adapter, indent=2, sort_keys=True))
-        # PEFT writes a card of its own, or edits ours, on every save
-        self._write_model_card(folder)
+            path.write_text(json.dumps(adapter, indent=2, sort_keys=True))
+        if self.is_world_process_zero():
+            self._model_card().save(folder / "README.md")  # PEFT has put its own there, with the path of the base
+
+    def push_to_hub(self, *args, **kwargs):
+        """As in TRL."""
+        self._warn_of_local_base()
+        self._finish_current_push()  # it reads the files that are now written anew
+        return super().push_to_hub(*args, **kwargs)
+
+    def _warn_of_local_base(self) -> None:
+        if is_peft_model(self.model) and not self.args.hub_base_model:
+            source = get_config_model_id(self.model.config)
+            if os.path.isdir(source):
+                logger.warning_once(
+                    f"The adapter names the local folder `{source}` as its base model: others cannot load it. Set "
+                    "`hub_base_model` to the Hub id of the base."
+                )
+
+    def _finish_current_push(self) -> None:
+        """Wait for the pushes in the background, and report those that failed."""
+        super()._finish_current_push()
+        pending, self.push_in_progress = getattr(self, "push_in_progress", None), None
+        for job in pending.jobs if pending is not None else []:
+            if job.exception() is not None:
+                logger.warning(f"A push to the Hub during training failed: {job.exception()}")
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """As in transformers, which would also write and push the pickled arguments, token included."""
+        args = self.args
+        if not self.is_world_process_zero() or args.hub_strategy == HubStrategy.END:
+            return
+        busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
+        if busy and not args.hub_always_push:
+            return
+        self._finish_current_push()
+        self._warn_of_local_base()
+        self.callback_handler.on_push_begin(args, self.state, self.control)
+        for pattern in _MODEL_FILES:
+            for path in Path(checkpoint_folder).glob(pattern):
+                shutil.copy(path, args.output_dir)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(args.output_dir)
+        by_step = args.save_strategy == SaveStrategy.STEPS
+        when = f"step {self.state.global_step}" if by_step else f"epoch {int(self.state.epoch)}"
+        upload = partial(
+            HfApi().upload_folder,
+            repo_id=self.hub_model_id,
+            token=args.hub_token,
+            revision=args.hub_revision,
+            run_as_future=True,
+        )
+        jobs = [
+            upload(
+                folder_path=args.output_dir,
+                commit_message=f"Training in progress, {when}",
+                ignore_patterns=["_*", "checkpoint-*", TRAINING_ARGS_NAME],
+            )
+        ]
+        if args.hub_strategy != HubStrategy.EVERY_SAVE:  # the user asks for checkpoints to resume from
+            folder = Path(checkpoint_folder)
+            jobs.append(
+                upload(
+                    folder_path=folder,
+                    path_in_repo="last-checkpoint" if args.hub_strategy == HubStrategy.CHECKPOINT else folder.name,
+                    commit_message=f"Training in progress, {when}, checkpoint",
+                )
+            )
+        self.push_in_progress = PushInProgress(jobs)
 
 
 def _eval_result(metric: str, value: float, dataset: str, split: str | None, metric_name: str | None) -> EvalResult:
