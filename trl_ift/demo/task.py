@@ -18,7 +18,8 @@ from typing import TypedDict
 DATASET = "reasoning-gym chain_sum"
 OPTIONS = {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 2}
 
-_NUMBER = re.compile(r"(?<![\d.)])-?\d+(?:,\d{3})*(?:\.\d+)?|\d+(?:,\d{3})*(?:\.\d+)?")
+# A minus between two operands ("10-3") is no sign
+_NUMBER = re.compile(r"(?:(?<![\d)])-)?\d+(?:,\d{3}(?!\d))*(?:\.\d+)?")
 _EXPRESSION = re.compile(r"-?\d+(?: [+-] \d+)+")
 
 

@@ -582,22 +582,24 @@ def _predict(
     table: torch.Tensor | None = None
     generator = torch.Generator(hidden.device).manual_seed(seed) if prediction == "sample" else None
     for tile, logits in head.logit_tiles(hidden):
+        best, likeliest = logits.max(-1)
         true_logits = logits.gather(-1, targets[tile, None].to(logits.device)).squeeze(-1)
-        nll += (logits.logsumexp(-1) - true_logits).sum().to(nll.device)
         if prediction == "sample":
             # Gumbel-max: log p_v - log(Exp(1)) is largest for v with probability p_v
             noise = torch.empty_like(logits).exponential_(generator=generator)
-            tokens[tile] = (logits / temperature - noise.log()).argmax(-1)
-            continue
-        tokens[tile] = logits.argmax(-1)
-        if prediction == "expected":
+            likeliest = (logits / temperature - noise.log()).argmax(-1)
+        elif prediction == "expected":
             if table is None:
                 table = embed(torch.arange(logits.size(-1), device=hidden.device)[None])[0]
             mixed[tile] = ((logits / temperature).softmax(-1).to(table.dtype) @ table).to(mixed.dtype)
         elif prediction == "topk":
-            best, ids = (logits / temperature).topk(min(top_k, logits.size(-1)), dim=-1)
+            top, ids = (logits / temperature).topk(min(top_k or 1, logits.size(-1)), dim=-1)
             vectors = embed(ids)
-            mixed[tile] = (best.softmax(-1)[..., None].to(vectors.dtype) * vectors).sum(-2).to(mixed.dtype)
+            mixed[tile] = (top.softmax(-1)[..., None].to(vectors.dtype) * vectors).sum(-2).to(mixed.dtype)
+        tokens[tile] = likeliest
+        # log-sum-exp with the maximum at hand, in the tile itself
+        log_sum = best + logits.sub_(best[:, None]).exp_().sum(-1).log()
+        nll += (log_sum - true_logits).sum().to(nll.device)
     return tokens, mixed if prediction in ("expected", "topk") else None, nll
 
 
