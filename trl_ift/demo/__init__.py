@@ -9,6 +9,7 @@ report.py     report.md, samples.md, loss.png, results.json
 """
 
 import argparse
+import logging
 import shlex
 import sys
 import warnings
@@ -51,17 +52,19 @@ def main(argv: list[str]) -> int:
     """Run the demo; return 0, 1 after an error that its message explains, or 130 after Ctrl-C."""
     parser = make_parser()
     args = parser.parse_args(argv)
-    if args.budget < 2:
-        parser.error(f"--budget {args.budget:g} is too short: the demo needs at least 2 minutes")
+    if not 2 <= args.budget < float("inf"):
+        parser.error(f"--budget {args.budget:g}: expected a number of minutes, at least 2")
     if args.threads is not None and args.threads < 1:
         parser.error(f"--threads {args.threads} must be at least 1")
     try:
         with warnings.catch_warnings():
             # Deprecations inside the libraries say nothing to the reader of a demo
             warnings.simplefilter("ignore")
-            from .run import run_demo
+            logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it speaks while it is imported
+            from .run import quiet_libraries, run_demo
 
-            run_demo(args)
+            with quiet_libraries():
+                run_demo(args)
     except KeyboardInterrupt:
         again = [word for word in argv if word != "--overwrite_output_dir"]
         print(

@@ -4,7 +4,9 @@ import hashlib
 import os
 import shutil
 import tempfile
+from contextlib import redirect_stderr
 from importlib.util import find_spec
+from io import StringIO
 from pathlib import Path
 
 import torch
@@ -51,6 +53,7 @@ def packaged_model() -> Path:
     folder = cache_dir() / f"{gguf.stem}-{digest[:12]}"
     if not folder.is_dir():  # it is moved there in one step, so it is complete
         folder.parent.mkdir(parents=True, exist_ok=True)
+        print(f"De-quantising {gguf.name}, once, into {folder}", flush=True)
         scratch = Path(tempfile.mkdtemp(prefix=".converting-", dir=folder.parent))
         try:
             convert_gguf(gguf, scratch)
@@ -68,8 +71,9 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
     """Write the model in `gguf` as a plain float32 checkpoint, with its tokenizer and chat template."""
     if find_spec("gguf") is None:
         raise ImportError("reading the demo's model needs the package `gguf`: run `pip install gguf`.")
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    with redirect_stderr(StringIO()):  # a progress bar that nothing else can switch off
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     # The weights are plain float32 by now: a checkpoint that still calls them quantised could not be loaded
     del model.config.quantization_config
     model.hf_quantizer = None

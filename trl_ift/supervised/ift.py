@@ -111,8 +111,6 @@ class IFTConfig(ExtensionConfig, SFTConfig):
             Whether to set all dropout probabilities of the model and its adapters to 0, so that both passes agree.
     """
 
-    _VALID_DICT_FIELDS = SFTConfig._VALID_DICT_FIELDS
-
     ift_lambda: float = field(
         default=0.2,
         metadata={"help": "Share of the predicted token in the input embedding, in [0, 1]. 0 reads the true tokens."},
