@@ -4,7 +4,7 @@
 # ///
 """Align a small chat model with Intuitive Fine-Tuning (IFT): from answers alone, no pairs, no reference model.
 
-    uv run ift.py                                  # from the Hub: SmolLM2-135M-Instruct on trl-lib/Capybara, LoRA
+    uv run ift.py                                  # from the Hub: SmolLM2-135M-Instruct on trl-lib/tldr, LoRA
     python ift.py --model_name_or_path ./model --dataset_name ./data --output_dir ./ift     # from local folders
     python ift.py --ift_lambda 0.3 --max_steps 500 --push_to_hub
 
@@ -23,7 +23,7 @@ def main() -> None:
     parser = TrlParser((ScriptArguments, IFTConfig, ModelConfig))
     parser.set_defaults(
         model_name_or_path="HuggingFaceTB/SmolLM2-135M-Instruct",
-        dataset_name="trl-lib/Capybara",
+        dataset_name="trl-lib/tldr",
         output_dir="SmolLM2-135M-IFT",
         learning_rate=2e-4,
         num_train_epochs=1,
@@ -35,7 +35,7 @@ def main() -> None:
     script_args, training_args, model_args = parser.parse_args_and_config()
     training_args.model_init_kwargs = {"dtype": model_args.dtype}
 
-    # `messages` or `prompt` and `completion` columns, as for TRL's SFTTrainer
+    # `prompt` and `completion` columns, or `messages`, as for TRL's SFTTrainer
     dataset = load_dataset(script_args.dataset_name, name=script_args.dataset_config)
     trainer = IFTTrainer(
         model=model_args.model_name_or_path,

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+from accelerate import ParallelismConfig
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import BitsAndBytesConfig, TrainingArguments
@@ -73,6 +74,15 @@ class TestConfig:
             ({"ift_prediction": "sample", "ift_temperature": 0.0}, "`ift_temperature=0.0` is out of range"),
             ({"ift_propagation": "none", "ift_propagation_norm": "L2"}, "`ift_propagation_norm` has no effect"),
             ({"ift_propagation": "none", "ift_propagation_grad": "full"}, "`ift_propagation_grad` has no effect"),
+            ({"ift_propagation": "none", "ift_gamma": 0.5}, "`ift_gamma` has no effect with `ift_propagation='none'`"),
+            ({"ift_propagation": "mask", "ift_propagation_grad": "full"}, "whose weights have no gradient"),
+            (
+                {"ift_gamma": 0.0, "ift_propagation_norm": "L2"},
+                "`ift_propagation_norm` has no effect with `ift_gamma=0`",
+            ),
+            ({"ift_propagation_side": "right"}, "needs `ift_propagation_grad='none'`"),
+            ({"ift_lambda": 0.0, "ift_prediction": "sample"}, "`ift_prediction` has no effect with `ift_lambda=0`"),
+            ({"ift_lambda": 0.0, "ift_lambda_noise_std": 0.5}, "has no effect with `ift_lambda=0`"),
             ({"loss_type": "dft"}, "`loss_type='dft'` is another loss"),
             ({"label_smoothing_factor": 0.1}, "`label_smoothing_factor` is not supported"),
         ],
@@ -84,6 +94,8 @@ class TestConfig:
     def test_types(self, tmp_path):
         with pytest.raises(TypeError, match="`ift_lambda` must be a number, got '0.2'"):
             config(tmp_path, ift_lambda="0.2")
+        with pytest.raises(TypeError, match="`ift_top_k` must be an integer, got 2.5"):
+            config(tmp_path, ift_prediction="topk", ift_top_k=2.5)
 
     @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
     @pytest.mark.parametrize("foreign", [SFTConfig, DPOConfig, TrainingArguments])
@@ -101,7 +113,12 @@ class TestConfig:
         assert preset.per_device_train_batch_size * preset.gradient_accumulation_steps == 512
         assert preset.get_warmup_steps(100) == 15
         assert (preset.num_train_epochs, preset.max_grad_norm, preset.max_length) == (3, 10.0, 512)
-        assert IFTConfig.official(str(tmp_path), use_cpu=True, bf16=False, ift_propagation="none").ift_gamma == 0.95
+        for ablation in (
+            {"ift_propagation": "none"},
+            {"ift_gamma": 0.0, "ift_lambda": 0.0},
+            {"ift_propagation": "mask"},
+        ):
+            assert IFTConfig.official(str(tmp_path), use_cpu=True, bf16=False, **ablation).ift_freeze_input_embeddings
 
     def test_round_trip(self, tmp_path):
         first = config(tmp_path, ift_lambda=0.3, ift_prediction="topk", ift_top_k=4, ift_temperature=0.5)
@@ -123,7 +140,8 @@ class TestData:
                 ValueError,
                 r"has the columns \['answer', 'question'\]. Expected 'messages'",
             ),
-            (bad(prompt="a"), ValueError, "Expected 'messages' or 'text'"),
+            (bad(prompt="a"), ValueError, "has a column 'prompt' but no 'completion'"),
+            (bad(prompt="a", messages=[{"role": "user", "content": "a"}]), ValueError, "or drop 'prompt'"),
             (bad(prompt="a", chosen="b", rejected="c"), ValueError, r"rename_column\('chosen', 'completion'\)"),
             (bad(text=3), TypeError, "column 'text' must hold a string; the first row has int"),
             (
@@ -155,6 +173,21 @@ class TestData:
         trainer = train(tmp_path, model_dir, data, formatting_func=lambda row: f"{row['q']} {row['a']}")
         assert len(trainer.train_dataset) == 4
 
+    def test_rows_of_one_token(self, tmp_path, model_dir):
+        with pytest.raises(ValueError, match="No row of the train dataset has a trainable token"):
+            train(tmp_path, model_dir, Dataset.from_list([{"input_ids": [5]}, {"input_ids": [6]}]))
+
+    @pytest.mark.parametrize("max_length", [3, None])
+    def test_endless_untrainable_stream(self, tmp_path, model_dir, max_length):
+        def rows():
+            while True:
+                yield {"input_ids": [5, 6, 7, 8], "labels": [-100] * 4}
+
+        with pytest.raises(ValueError, match="No row of the train dataset has a trainable token"):
+            train(
+                tmp_path, model_dir, IterableDataset.from_generator(rows), {"max_length": max_length, "max_steps": 1}
+            )
+
     @pytest.mark.parametrize("max_length", [3, None])
     @pytest.mark.parametrize("streaming", [False, True])
     def test_no_trainable_token(self, tmp_path, model_dir, max_length, streaming):
@@ -181,9 +214,16 @@ class TestModels:
             else:
                 train(tmp_path, model_dir, peft_config=prompt)
 
-    def test_adapter_on_the_head(self, tmp_path, model_dir, no_loading):
+    @pytest.mark.parametrize("targets", [["q_proj", "lm_head"], ".*(q_proj|lm_head)"])
+    def test_adapter_on_the_head(self, tmp_path, model_dir, no_loading, targets):
         with pytest.raises(ValueError, match="`target_modules` contains 'lm_head'"):
-            train(tmp_path, model_dir, peft_config=LoraConfig(target_modules=["q_proj", "lm_head"]))
+            train(tmp_path, model_dir, peft_config=LoraConfig(target_modules=targets))
+
+    def test_sequence_parallelism(self, tmp_path, model_dir, no_loading):
+        args = config(tmp_path)
+        args.parallelism_config = ParallelismConfig(cp_size=2)
+        with pytest.raises(ValueError, match="does not support context or sequence parallelism"):
+            IFTTrainer(model=model_dir, args=args, train_dataset=tiny.text_data())
 
     def test_compute_loss_func(self, tmp_path, model_dir, no_loading):
         with pytest.raises(ValueError, match="`compute_loss_func` would replace the loss of IFTTrainer"):
@@ -214,17 +254,21 @@ class TestModels:
             ImportError, match=r"`load_in_4bit`\), but bitsandbytes is not installed.*trl-ift\[quantization\]"
         ):
             train(tmp_path, model_dir, quantization_config=quantization)
+        with pytest.raises(ImportError, match="bitsandbytes is not installed"):
+            train(tmp_path, model_dir, settings={"model_init_kwargs": {"quantization_config": quantization}})
 
     def test_frozen_and_trained_embeddings(self, tmp_path, model_dir):
         peft_config = LoraConfig(target_modules=["q_proj"], modules_to_save=["embed_tokens"])
         with pytest.raises(ValueError, match="but PEFT trains the input embeddings"):
             train(tmp_path, model_dir, settings={"ift_freeze_input_embeddings": True}, peft_config=peft_config)
 
-    def test_per_layer_embeddings(self, tmp_path, tokenizer):
+    def test_per_layer_embeddings(self, tmp_path, tokenizer, no_loading):
         model = tiny.model("llama", tokenizer)
         model.config.hidden_size_per_layer_input = 4
-        with pytest.raises(ValueError, match="has per-layer embeddings"):
-            train(tmp_path, model, processing_class=tokenizer)
+        model.save_pretrained(tmp_path / "model")
+        for source in (model, str(tmp_path / "model")):
+            with pytest.raises(ValueError, match="`llama` models with per-layer embeddings"):
+                train(tmp_path, source, processing_class=tokenizer)
 
 
 class TestOutputFolder:
@@ -254,6 +298,35 @@ class TestOutputFolder:
         trainer = self.finished_run(tmp_path, model_dir)
         trainer.train()
 
+    def test_only_a_resumed_run_may_write_on(self, tmp_path, model_dir):
+        first = self.finished_run(tmp_path, model_dir)
+        settings = {
+            "max_steps": 1,
+            "resume_from_checkpoint": "true",
+        }  # an option for scripts: `train` does not read it
+        second = train(tmp_path, model_dir, settings=settings)
+        with pytest.raises(ValueError, match="already holds the results of another run"):
+            second.train()
+        assert (Path(first.args.output_dir) / "adapter_model.safetensors").is_file()
+
+    def test_overwriting_leaves_no_stale_adapter(self, tmp_path, model_dir):
+        first = self.finished_run(tmp_path, model_dir)
+        second = train(tmp_path, model_dir, settings={"max_steps": 1, "overwrite_output_dir": True})
+        second.train()
+        second.save_model()
+        files = {path.name for path in Path(first.args.output_dir).iterdir()}
+        assert "model.safetensors" in files
+        assert not {name for name in files if name.startswith("adapter_")}
+
+    def test_the_model_in_training_is_not_overwritten(self, tmp_path, model_dir, tokenizer):
+        folder = tmp_path / "run" / "checkpoint-5"
+        tiny.model("llama", tokenizer).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        trainer = train(tmp_path, str(folder), settings={"max_steps": 1, "overwrite_output_dir": True})
+        with pytest.raises(ValueError, match="would remove the model that is being trained"):
+            trainer.train()
+        assert (folder / "model.safetensors").is_file()
+
     def test_overwriting_removes_old_checkpoints(self, tmp_path, model_dir):
         settings = {"max_steps": 2, "overwrite_output_dir": True}
         trainer = train(tmp_path, model_dir, settings=settings)
@@ -271,7 +344,8 @@ class TestOutputFolder:
         trainer.args.save_strategy, trainer.args.save_steps = "steps", 2
         trainer.train()
         folder = Path(trainer.args.output_dir)
-        (folder / "checkpoint-4" / "trainer_state.json").unlink()
+        state = folder / "checkpoint-4" / "trainer_state.json"
+        state.write_text(state.read_text()[:50])
         again = train(tmp_path, model_dir, settings=settings)
         for wanted in (True, str(folder / "checkpoint-4")):
             with pytest.raises(ValueError, match=r"checkpoint-4` is incomplete .* Resume from `.*checkpoint-2`"):

@@ -22,9 +22,9 @@ def test_example(code, tmp_path, monkeypatch, tokenizer):
     model = tmp_path / "HuggingFaceTB" / "SmolLM2-135M-Instruct"
     tiny.model("llama", tokenizer).save_pretrained(model)
     tokenizer.save_pretrained(model)
-    data = tmp_path / "trl-lib" / "Capybara"
+    data = tmp_path / "trl-lib" / "tldr"
     data.mkdir(parents=True)
-    tiny.messages_data().to_json(data / "train.jsonl")
+    tiny.prompt_completion_data().to_json(data / "train.jsonl")
     monkeypatch.chdir(tmp_path)
     here = 'use_cpu=True, bf16=False, max_steps=2, report_to="none"'
     code, changed = re.subn(

@@ -193,6 +193,18 @@ class TestAgainstFloat64:
         assert ("model.embed_tokens.weight" in gradients) == (family == "llama-tied")
         assert_gradients_close(gradients, expected, 2e-5)
 
+    def test_one_document_at_the_neutral_setting_is_sft(self, tmp_path, tokenizer):
+        data = tiny.tokenized_data(tokenizer).select([3])
+        ours = make(tmp_path, tokenizer, data=data, ift_lambda=0.0, ift_gamma=0.0)
+        theirs = make(tmp_path, tokenizer, data=data, cls=SFTTrainer)
+        inputs = batch_of(ours)
+        (loss, gradients), (sft_loss, sft_gradients) = (
+            loss_and_gradients(ours, inputs),
+            loss_and_gradients(theirs, inputs),
+        )
+        assert loss == pytest.approx(sft_loss, rel=1e-6)
+        assert_gradients_close(gradients, sft_gradients, 1e-6)
+
     @pytest.mark.parametrize("mode", ["padding_free", "packing"])
     @pytest.mark.parametrize("attention", ["sdpa", "eager"])
     def test_padding_free_and_packing(self, tmp_path, tokenizer, mode, attention):
@@ -495,6 +507,14 @@ class TestAccumulation:
             for left, right in zip(runs[0], other, strict=True):
                 assert left == pytest.approx(right, rel=2e-5)
 
+    def test_sft_loss_is_the_loss_of_sft(self, tmp_path, tokenizer):
+        settings = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, "max_steps": 1}
+        ours = make(tmp_path, tokenizer, **settings)
+        theirs = make(tmp_path, tokenizer, cls=SFTTrainer, **settings)
+        ours.train()
+        theirs.train()
+        assert ours.state.log_history[0]["sft_loss"] == pytest.approx(theirs.state.log_history[0]["loss"], rel=1e-6)
+
     def test_packed_documents_count_equally(self, tmp_path, tokenizer):
         """Micro-batches of a packed run hold different numbers of documents; each document still counts once."""
         data = tiny.tokenized_data(tokenizer)
@@ -555,9 +575,9 @@ class TestOptions:
     )
     def test_data_formats(self, tmp_path, tokenizer, data):
         rows = tiny.tokenized_data(tokenizer) if data == "tokenized" else data()
-        trainer = make(tmp_path, tokenizer, data=rows)
+        trainer = make(tmp_path, tokenizer, data=rows, max_steps=40)
         trainer.train()
-        assert trainer.state.log_history[-2]["sft_loss"] < trainer.state.log_history[0]["sft_loss"] + 0.5
+        assert trainer.state.log_history[-2]["sft_loss"] < trainer.state.log_history[0]["sft_loss"] - 1
         labels = [label for row in trainer.train_dataset["labels"] for label in row]
         masked = data in (tiny.prompt_completion_data, tiny.conversational_data, "tokenized")
         assert (-100 in labels) == masked
@@ -585,6 +605,7 @@ class TestOptions:
     def test_evaluation(self, tmp_path, tokenizer):
         """Same loss as in training but without noise; the first pass is SFT's loss; nothing in training moves."""
         data = tiny.prompt_completion_data()
+        parts = make(tmp_path, tokenizer, eval_dataset=data, per_device_eval_batch_size=3).evaluate()
         noisy = make(tmp_path, tokenizer, eval_dataset=data, ift_lambda_noise_std=0.9, per_device_eval_batch_size=8)
         quiet = make(tmp_path, tokenizer, eval_dataset=data, per_device_eval_batch_size=8)
         sft = make(tmp_path, tokenizer, eval_dataset=data, per_device_eval_batch_size=8, cls=SFTTrainer)
@@ -593,6 +614,8 @@ class TestOptions:
         for key in ("eval_loss", "eval_sft_loss", "eval_ift/fused_loss"):
             assert first[key] == second[key] == expected[key]
         assert first["eval_sft_loss"] == pytest.approx(sft.evaluate()["eval_loss"], rel=1e-6)
+        for key in ("eval_sft_loss", "eval_ift/fused_loss", "eval_ift/greedy_match"):
+            assert parts[key] == pytest.approx(first[key], rel=1e-6)  # over tokens, however they are batched
         batch = next(iter(quiet.get_eval_dataloader()))
         assert first["eval_loss"] == pytest.approx(naive_ift(double(quiet.model), batch).item(), rel=1e-5)
         fresh = quiet.evaluate(tiny.messages_data())
@@ -618,6 +641,20 @@ class TestOptions:
             {m.p for m in trainer.model.modules() if isinstance(m, torch.nn.Dropout)} for trainer in (off, on)
         ]
         assert probabilities == [{0}, {0.5}]
+        attention = make(tmp_path, tokenizer, tiny.model("llama", tokenizer, attention_dropout=0.5))
+        inputs = batch_of(attention)
+        assert loss_and_gradients(attention, inputs)[0] == loss_and_gradients(attention, inputs)[0]
+
+    def test_a_copy_runs_its_own_weights(self, tmp_path, tokenizer):
+        trainer = make(tmp_path, tokenizer)
+        inputs = batch_of(trainer)
+        twin = copy.deepcopy(trainer.model)
+        with torch.no_grad():
+            for parameter in twin.parameters():
+                parameter.mul_(0.5)
+            ours, copied = (m(**inputs, fused_lm_head=True, ift_lambda=0.2) for m in (trainer.model, twin))
+        assert not torch.allclose(ours.log_probs, copied.log_probs)
+        assert not torch.allclose(ours.sft_nll_sum, copied.sft_nll_sum)
 
     def test_lambda_schedule_and_noise_are_logged(self, tmp_path, tokenizer):
         trainer = make(

@@ -3,8 +3,10 @@
 Each raises with three parts: what was found, what was expected, what to change.
 """
 
+import json
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,7 +24,7 @@ _TOKENIZER_FILES = (
     "vocab.txt",
     "spiece.model",
 )
-_WEIGHT_FILES = (
+WEIGHT_FILES = (
     "adapter_model.safetensors",
     "adapter_model.bin",
     "model.safetensors",
@@ -31,8 +33,12 @@ _WEIGHT_FILES = (
 )
 
 
-def check_range(name: str, value: Any, low: float, high: float = math.inf, low_open: bool = False) -> None:
+def check_range(
+    name: str, value: Any, low: float, high: float = math.inf, low_open: bool = False, integer: bool = False
+) -> None:
     """Raise unless `value` is a number in [low, high] ((low, high] with `low_open`); NaN is out of every range."""
+    if integer and (isinstance(value, bool) or not isinstance(value, int)):
+        raise TypeError(f"`{name}` must be an integer, got {value!r} ({type(value).__name__}).")
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"`{name}` must be a number, got {value!r} ({type(value).__name__}).")
     if not low <= value <= high or math.isinf(value) or (low_open and value == low):
@@ -91,8 +97,11 @@ def check_peft(peft_config: Any, model: Any, method: str) -> None:
                 "positions whose predictions are used. Use an adapter such as `LoraConfig` instead."
             )
         targets = getattr(config, "target_modules", None)
-        names = [targets] if isinstance(targets, str) else list(targets or [])
-        if any(name == "lm_head" or name.endswith(".lm_head") for name in names):
+        if isinstance(targets, str):  # a regular expression, or "all-linear", which leaves the head out
+            on_head = targets != "all-linear" and re.fullmatch(targets, "lm_head") is not None
+        else:
+            on_head = any(name == "lm_head" or name.endswith(".lm_head") for name in targets or [])
+        if on_head:
             raise ValueError(
                 "`target_modules` contains 'lm_head'. An adapter on `lm_head` would never be trained, because the "
                 "log-probabilities are computed from `lm_head.weight` directly. Remove it from `target_modules`; to train "
@@ -134,6 +143,12 @@ def check_sft_dataset(dataset: Any, name: str, text_field: str = "text", formatt
                 f"`{name}`: columns 'prompt' and 'completion' must both be strings, or both be lists of "
                 f"{{'role', 'content'}} messages; the first row has {_kind(prompt)} and {_kind(completion)}."
             )
+    elif "prompt" in row and column != "input_ids":
+        if "chosen" in row:
+            hint = "For a preference dataset: `dataset.rename_column('chosen', 'completion')`."
+        else:
+            hint = "Rename the column with the answers to 'completion', or drop 'prompt' to train on the whole text."
+        raise ValueError(f"`{name}` has a column 'prompt' but no 'completion'; its columns are {sorted(row)}. {hint}")
     elif column is not None:
         expected, is_valid = kinds[column]
         if not is_valid(row[column]):
@@ -141,12 +156,9 @@ def check_sft_dataset(dataset: Any, name: str, text_field: str = "text", formatt
                 f"`{name}`: column '{column}' must hold {expected}; the first row has {_kind(row[column])}."
             )
     else:
-        hint = ""
-        if "prompt" in row and "chosen" in row:
-            hint = " For a preference dataset: `dataset.rename_column('chosen', 'completion')` and keep 'prompt'."
         raise ValueError(
             f"`{name}` has the columns {sorted(row)}. Expected 'messages' or '{text_field}' (language modeling), 'prompt' and "
-            f"'completion', or 'input_ids' (pre-tokenized). Rename your columns, or set `dataset_text_field`.{hint}"
+            f"'completion', or 'input_ids' (pre-tokenized). Rename your columns, or set `dataset_text_field`."
         )
 
 
@@ -168,7 +180,11 @@ def _kind(value: Any) -> str:
 
 def is_complete_checkpoint(checkpoint: str | os.PathLike) -> bool:
     """Whether a Trainer checkpoint was written to its end (the Trainer writes its state last)."""
-    return (Path(checkpoint) / "trainer_state.json").is_file()
+    try:
+        json.loads((Path(checkpoint) / "trainer_state.json").read_text())
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def resolve_checkpoint(resume_from_checkpoint: str | bool | None, output_dir: str) -> str | None:
@@ -194,8 +210,8 @@ def resolve_checkpoint(resume_from_checkpoint: str | bool | None, output_dir: st
             raise ValueError(f"`resume_from_checkpoint`: there is no folder `{wanted}`. {remedy}.")
     if not is_complete_checkpoint(wanted):
         raise ValueError(
-            f"The checkpoint `{wanted}` is incomplete (it has no `trainer_state.json`): the run was interrupted while it was "
-            f"being written. {remedy}; the incomplete folder can be deleted."
+            f"The checkpoint `{wanted}` is incomplete (it has no whole `trainer_state.json`): the run was interrupted while "
+            f"it was being written. {remedy}; the incomplete folder can be deleted."
         )
     return wanted
 
@@ -205,16 +221,16 @@ def _step_of(checkpoint: Path) -> int:
     return int(step) if step.isdigit() else -1
 
 
-def check_output_dir(args: Any, resume_from_checkpoint: str | bool | None = None) -> None:
+def check_output_dir(args: Any, checkpoint: str | None = None) -> None:
     """Raise if training would overwrite the weights of an earlier run in `args.output_dir`.
 
-    Passes when the run resumes, when the folder holds neither weights nor checkpoints, or with
+    Passes when the run resumes (`checkpoint`), when the folder holds neither weights nor checkpoints, or with
     `args.overwrite_output_dir=True`.
     """
     folder = Path(args.output_dir)
-    if args.overwrite_output_dir or resume_from_checkpoint or args.resume_from_checkpoint or not folder.is_dir():
+    if args.overwrite_output_dir or checkpoint is not None or not folder.is_dir():
         return
-    found = [name for name in _WEIGHT_FILES if (folder / name).is_file()]
+    found = [name for name in WEIGHT_FILES if (folder / name).is_file()]
     found += [path.name for path in sorted(folder.glob("checkpoint-*"), key=_step_of) if path.is_dir()]
     if found:
         raise ValueError(

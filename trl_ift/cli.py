@@ -98,7 +98,7 @@ def _print_env() -> None:
     from contextlib import redirect_stdout
     from io import StringIO
 
-    from trl.scripts.env import print_env
+    from .trl_internals import print_env
 
     with redirect_stdout(StringIO()) as text:
         print_env()
@@ -129,9 +129,9 @@ def _train(method: Method, argv: list[str]) -> int:
 def _launch_arguments(parser: Any, method: Method, argv: Sequence[str]) -> argparse.Namespace:
     """Deal the command line and the YAML file out to the script and to `accelerate launch`; parse the latter's part."""
     from accelerate.commands.launch import launch_command_parser
-    from trl.cli.accelerate_config import resolve_accelerate_config_argument
 
     from .scripts.train import option_strings, unknown_option, usage_error
+    from .trl_internals import resolve_accelerate_config_argument
 
     launcher = launch_command_parser()
     launcher.error = partial(usage_error, parser.prog)

@@ -20,7 +20,7 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import HubStrategy, SaveStrategy
 from transformers.utils import PushInProgress, logging
 
-from .checks import check_model_source, check_output_dir, check_quantization, resolve_checkpoint
+from .checks import WEIGHT_FILES, check_model_source, check_output_dir, check_quantization, resolve_checkpoint
 from .hub.card import build_model_card, is_hub_id, library_versions
 from .registry import get_method
 from .trl_internals import get_comet_experiment_url, get_config_model_id, get_trackio_space_url
@@ -98,10 +98,11 @@ class ExtensionTrainer(_Trainer):
         return args
 
     @staticmethod
-    def _check_source(model: Any, processing_class: Any, quantization_config: Any) -> None:
+    def _check_source(args: Any, model: Any, processing_class: Any, quantization_config: Any) -> None:
         check_model_source(model, processing_class)
-        if quantization_config is not None:
-            check_quantization(quantization_config)
+        for config in (quantization_config, (args.model_init_kwargs or {}).get("quantization_config")):
+            if config is not None:
+                check_quantization(config)
 
     # ---------------------------------------------------------------- training and resuming
 
@@ -111,18 +112,30 @@ class ExtensionTrainer(_Trainer):
         if not getattr(self, "_owns_output_dir", False):
             check_output_dir(self.args, checkpoint)
             if self.args.overwrite_output_dir and checkpoint is None:
-                self._remove_checkpoints()
+                self._remove_earlier_run()
             self._owns_output_dir = True
         if checkpoint is not None:
             self._load_extension_state(Path(checkpoint))
         return super().train(checkpoint, *args, **kwargs)
 
-    def _remove_checkpoints(self) -> None:
-        # Left behind, they would be picked up by a later `resume_from_checkpoint=True` of this run
-        if self.is_world_process_zero():
-            for path in Path(self.args.output_dir).glob("checkpoint-*"):
-                if path.is_dir() and path.name.removeprefix("checkpoint-").isdigit():
-                    shutil.rmtree(path)
+    def _remove_earlier_run(self) -> None:
+        """Remove weights and checkpoints from `output_dir`: left behind, they would be loaded or resumed for this run's."""
+        folder = Path(self.args.output_dir).resolve()
+        source = get_config_model_id(self.model.config)
+        if os.path.isdir(source) and Path(source).resolve().is_relative_to(folder):
+            raise ValueError(
+                f"`overwrite_output_dir=True` would remove the model that is being trained: `{source}` lies in "
+                f"`output_dir={self.args.output_dir!r}`. Choose another `output_dir`."
+            )
+        if not self.is_world_process_zero() or not folder.is_dir():
+            return
+        for name in (*WEIGHT_FILES, "adapter_config.json"):
+            (folder / name).unlink(missing_ok=True)
+        for path in folder.glob("model-*-of-*.safetensors"):
+            path.unlink()
+        for path in folder.glob("checkpoint-*"):
+            if path.is_dir() and path.name.removeprefix("checkpoint-").isdigit():
+                shutil.rmtree(path)
 
     def _extension_state(self) -> dict[str, Any]:
         """State beyond the Trainer's that a resumed run needs, as JSON; extended by methods that keep any."""
@@ -165,15 +178,20 @@ class ExtensionTrainer(_Trainer):
         results[(metric, dataset, split)] = _eval_result(metric, value, dataset, split, metric_name)
 
     def _all_eval_results(self) -> list[EvalResult]:
-        """The results added, and the losses of the last evaluation during training."""
+        """The results added, and the last losses of the evaluations during training."""
         results = dict(self.__dict__.get("_eval_results", {}))
-        logged: dict[str, float] = next(
-            (entry for entry in reversed(self.state.log_history) if "eval_loss" in entry), {}
-        )
-        dataset = getattr(self, "_dataset_name", None) or "evaluation dataset"
-        for key, name in (("eval_loss", f"{self._name} loss"), ("eval_sft_loss", "NLL per token (nats)")):
-            if key in logged:
-                results[key] = _eval_result(key.removeprefix("eval_"), logged[key], dataset, "evaluation", name)
+        found: dict[str, float] = {}
+        for entry in self.state.log_history:
+            found |= {key: value for key, value in entry.items() if re.fullmatch(r"eval_(\w+_)?loss", key)}
+        found.pop("eval_aux_loss", None)
+        for key, value in found.items():
+            dataset = getattr(self, "_dataset_name", None) or "evaluation dataset"
+            metric, name = "loss", f"{self._name} loss"
+            if key == "eval_sft_loss":
+                metric, name = "sft_loss", "NLL per token (nats)"
+            elif key != "eval_loss":  # one of several evaluation datasets
+                dataset = key.removeprefix("eval_").removesuffix("_loss")
+            results[key] = _eval_result(metric, value, dataset, "evaluation", name)
         return list(results.values())
 
     def create_model_card(

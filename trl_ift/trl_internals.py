@@ -16,6 +16,8 @@ import trl
 from packaging.version import Version
 from torch.distributed.tensor import DTensor
 from trl import DPOTrainer, SFTTrainer
+from trl.cli.accelerate_config import resolve_accelerate_config_argument
+from trl.scripts.env import print_env
 from trl.trainer.utils import (
     FusedCausalLMOutput,
     add_fused_lm_head,
@@ -40,6 +42,8 @@ __all__ = [
     "get_config_model_id",
     "get_trackio_space_url",
     "keep_4bit_trainable_on_cpu",
+    "print_env",
+    "resolve_accelerate_config_argument",
     "score_labelled_positions_only",
 ]
 
@@ -149,12 +153,10 @@ class LMHead:
     """The LM head of a model with TRL's fused head, for projections of our own inside the wrapped forward.
 
     Attributes:
-        model: Base causal language model (not the PEFT wrapper).
         logit_scale: Factor on the logits (Cohere, Granite, ...).
         softcap: Bound of the tanh on the logits (Gemma), or `None`.
     """
 
-    model: torch.nn.Module
     logit_scale: float
     softcap: float | None
 
@@ -162,15 +164,17 @@ class LMHead:
     def of(cls, model: torch.nn.Module) -> "LMHead":
         """Read scale and cap from the fused head, so that both projections agree."""
         options = inspect.getclosurevars(_fused_forward_of(model)).nonlocals
-        return cls(model, options["logit_scale"], options["final_logit_softcapping"])
+        return cls(options["logit_scale"], options["final_logit_softcapping"])
 
-    def logit_tiles(self, hidden: torch.Tensor, tile_elements: int = 2**26) -> Iterator[tuple[slice, torch.Tensor]]:
-        """Project `hidden` of shape (N, H) tile by tile, without gradient.
+    def logit_tiles(
+        self, model: torch.nn.Module, hidden: torch.Tensor, tile_elements: int = 2**26
+    ) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Project `hidden` of shape (N, H) through the head of `model` tile by tile, without gradient.
 
         Yields the slice of rows and their float32 logits, shape (rows, V), at most `tile_elements` elements. Shards of
         FSDP2 and ZeRO-3 are gathered for the duration; call it inside the wrapped forward.
         """
-        head = self.model.get_output_embeddings()
+        head = model.get_output_embeddings()
         weight, bias = head.weight, head.bias
         if isinstance(weight, DTensor):
             weight = weight.full_tensor()

@@ -70,7 +70,7 @@ def report(folder: Path, everything: dict[str, Any], test: list[Question]) -> st
 
 {chr(10).join(table)}
 
-- **Exact match**: the last number of the greedy reply (at most {MAX_NEW_TOKENS} new tokens) is the right answer, over
+- **Exact match**: the last number of the greedy reply (at most {MAX_NEW_TOKENS} new tokens) is the right answer, for
   {len(test)} questions that were not trained on. The interval is Wilson's.
 - **NLL**: mean negative log-likelihood (nats a token) of the worked replies to these questions, end of turn included.
 - **Training**: time in the training loop, evaluation not included. IFT makes one forward pass more than SFT, but trl-ift
@@ -83,9 +83,9 @@ The base model does not know which kind of reply is wanted; part of the gain is 
 ![Losses](loss.png)
 
 Pale: every step; strong: the mean of the last {SMOOTHED_STEPS}. Left: the teacher-forced loss of both methods on the
-batch about to be trained on (`loss` of SFT, `sft_loss` of IFT), so the two curves mean the same. Right: IFT's own
-quantities. `loss` is what it minimises (mean over replies of weighted token losses), `ift/fused_loss` the unweighted loss
-on the mixed inputs, `ift/greedy_match` the share of tokens that the model predicts from the true prefix.
+batch about to be trained on (`loss` of SFT, `sft_loss` of IFT), so the two curves mean the same. Right: IFT's own quantities. `loss` is
+what it minimises (mean over replies of weighted token losses), `ift/fused_loss` the unweighted loss on the mixed inputs,
+`ift/greedy_match` the share of tokens that the model predicts from the true prefix.
 
 Replies with their verdict: [samples.md](samples.md) (the first {NUM_SAMPLES} questions) and `stages/*.json` (all, in the
 order of `data/test.jsonl`).
@@ -102,11 +102,11 @@ order of `data/test.jsonl`).
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-base = AutoModelForCausalLM.from_pretrained({everything["source"]!r})
-model = PeftModel.from_pretrained(base, {str(folder / "ift")!r})
-tokenizer = AutoTokenizer.from_pretrained({str(folder / "ift")!r})
+base = AutoModelForCausalLM.from_pretrained({json.dumps(everything["source"])})
+model = PeftModel.from_pretrained(base, {json.dumps(str(folder / "ift"))})
+tokenizer = AutoTokenizer.from_pretrained({json.dumps(str(folder / "ift"))})
 
-messages = [{{"role": "user", "content": {test[0]["question"]!r}}}]
+messages = [{{"role": "user", "content": {json.dumps(test[0]["question"])}}}]
 inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
 output = model.generate(**inputs, max_new_tokens={MAX_NEW_TOKENS}, do_sample=False)
 print(tokenizer.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
@@ -119,7 +119,7 @@ from peft import LoraConfig
 from trl_ift import IFTConfig, IFTTrainer
 
 trainer = IFTTrainer(
-    model={settings["model"]!r},
+    model={json.dumps(settings["model"])},
     args=IFTConfig(output_dir="my-model"),
     train_dataset=dataset,  # "prompt" and "completion", or "messages", as in TRL
     peft_config=LoraConfig(target_modules="all-linear"),

@@ -314,12 +314,11 @@ def _measure(name: str, model: Any, tokenizer: PreTrainedTokenizerBase, test: li
 def progress(label: str, total: int) -> Iterator[Callable[[int], None]]:
     """Show progress with the time left: a bar on a terminal, else a line every tenth."""
     if sys.stderr.isatty():
-        with tqdm(
-            total=total,
-            desc=f"  {label}",
-            leave=False,
-            bar_format="{desc} {percentage:3.0f}%|{bar:30}| {elapsed} done, {remaining} left",
-        ) as bar:
+        columns = (
+            shutil.get_terminal_size().columns
+        )  # tqdm would print nothing on a terminal that does not tell its width
+        bar_format = f"  {label} {{percentage:3.0f}}%|{{bar:30}}| {{elapsed}} done, {{remaining}} left"
+        with tqdm(total=total, leave=False, ncols=columns, bar_format=bar_format) as bar:
             yield bar.update
         return
     start, done = time.monotonic(), 0

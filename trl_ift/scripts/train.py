@@ -93,8 +93,8 @@ def prepare(method: Method, script_args: Any, training_args: Any, model_args: An
     check_quantization(model_args)
     check_model_source(model, None)
     training_args.resume_from_checkpoint = _resume_value(training_args.resume_from_checkpoint)
-    resolve_checkpoint(training_args.resume_from_checkpoint, training_args.output_dir)
-    check_output_dir(training_args)
+    checkpoint = resolve_checkpoint(training_args.resume_from_checkpoint, training_args.output_dir)
+    check_output_dir(training_args, checkpoint)
 
     # Before the data: random splits of mixtures and initial adapter weights then are those of `seed`, on every process
     set_seed(training_args.seed)

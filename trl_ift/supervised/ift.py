@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from peft import PeftModel
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from trl import SFTConfig
 
 from ..checks import check_choice, check_range
@@ -90,7 +90,8 @@ class IFTConfig(ExtensionConfig, SFTConfig):
             softmax of C over the document. Always rescaled to mean 1 over the trained tokens of a document.
         ift_propagation_side (`str`, *optional*, defaults to `"left"`):
             `"left"` weighs by the losses that follow, `"right"` down by the losses that precede: with u the discounted
-            sum of past losses plus its smallest non-zero value in the micro-batch, 1/u takes the place of C.
+            sum of past losses plus its smallest non-zero value in the micro-batch (on which it depends), 1/u takes the
+            place of C. `"right"` needs `ift_propagation_grad` `"none"` or `"full"`.
         ift_propagation_grad (`str`, *optional*, defaults to `"numerator"`):
             How gradients pass through the weights. All three have the same loss value. `"numerator"` (our choice):
             through C, not through its normaliser. `"full"` (the released code): through both. `"none"`: the weights are
@@ -103,12 +104,14 @@ class IFTConfig(ExtensionConfig, SFTConfig):
 
         ift_loss_normalization (`str`, *optional*, defaults to `"sequence"`):
             `"sequence"` (the paper): mean over the documents of the optimizer step, whatever their length. `"token"`: mean
-            over its trained tokens, as in SFT. Both are exact under gradient accumulation and several processes.
+            over its trained tokens, as in SFT. Both are exact under gradient accumulation and several processes (but for
+            `ift_propagation_side="right"` and the router loss of MoE models, which are those of the micro-batch).
         ift_freeze_input_embeddings (`bool`, *optional*, defaults to `False`):
             Whether the input embeddings receive no gradient from the inputs, as in the released code. `False` is our
             choice: they are trained as in SFT.
         disable_dropout (`bool`, *optional*, defaults to `True`):
-            Whether to set all dropout probabilities of the model and its adapters to 0, so that both passes agree.
+            Whether to set the dropout probabilities of the model (attention included) and of its adapters to 0, so that
+            both passes agree.
     """
 
     ift_lambda: float = field(
@@ -198,13 +201,7 @@ class IFTConfig(ExtensionConfig, SFTConfig):
         check_choice("ift_loss_normalization", self.ift_loss_normalization, NORMALIZATIONS)
         self._check_schedule()
         self._check_prediction()
-        if self.ift_propagation == "none":
-            for name, default in (("norm", "L1"), ("side", "left"), ("grad", "numerator")):
-                if getattr(self, f"ift_propagation_{name}") != default:
-                    raise ValueError(
-                        f"`ift_propagation_{name}` has no effect with `ift_propagation='none'`. Drop it, or choose "
-                        "`ift_propagation='loss'`."
-                    )
+        self._check_propagation()
         super().__post_init__()
         if self.loss_type != "nll":
             raise ValueError(
@@ -215,22 +212,63 @@ class IFTConfig(ExtensionConfig, SFTConfig):
                 "`label_smoothing_factor` is not supported: it needs full logits, which IFT does not build. Set it to 0."
             )
 
+    def _check_propagation(self) -> None:
+        off = (
+            "ift_propagation='none'"
+            if self.ift_propagation == "none"
+            else "ift_gamma=0"
+            if self.ift_gamma == 0
+            else None
+        )
+        idle = []
+        if off is not None:
+            defaults: dict[str, Any] = {
+                "ift_propagation_norm": "L1",
+                "ift_propagation_side": "left",
+                "ift_propagation_grad": "numerator",
+            }
+            if self.ift_propagation == "none":
+                defaults["ift_gamma"] = 0.95
+            idle = [name for name, default in defaults.items() if getattr(self, name) != default]
+        elif self.ift_propagation == "mask" and self.ift_propagation_grad != "numerator":
+            off, idle = "ift_propagation='mask', whose weights have no gradient", ["ift_propagation_grad"]
+        if idle:
+            raise ValueError(f"`{idle[0]}` has no effect with `{off}`. Drop one of the two.")
+        if (
+            self.ift_propagation_side == "right"
+            and self.ift_propagation == "loss"
+            and self.ift_propagation_grad == "numerator"
+        ):
+            raise ValueError(
+                "`ift_propagation_side='right'` needs `ift_propagation_grad='none'` (or 'full', the released code): its "
+                "weights fall with the losses; without the gradient of their normaliser ('numerator') a step can raise the loss."
+            )
+
     def _check_schedule(self) -> None:
         if self.ift_lambda_schedule is not None:
             check_choice("ift_lambda_schedule", self.ift_lambda_schedule, ("linear",))
             check_range("ift_lambda_min", self.ift_lambda_min, 0, self.ift_lambda)
-            check_range("ift_lambda_warmup_steps", self.ift_lambda_warmup_steps, 1)
+            check_range("ift_lambda_warmup_steps", self.ift_lambda_warmup_steps, 1, integer=True)
         elif self.ift_lambda_min != 0.0 or self.ift_lambda_warmup_steps != 150:
             raise ValueError(
                 "`ift_lambda_min` and `ift_lambda_warmup_steps` act only on a schedule. Set `ift_lambda_schedule='linear'`, "
                 "or drop them."
             )
 
+        if self.ift_lambda == 0 and self.ift_lambda_noise_std != 0:
+            raise ValueError(
+                "`ift_lambda_noise_std` is relative to `ift_lambda`, and has no effect with `ift_lambda=0`."
+            )
+
     def _check_prediction(self) -> None:
+        if self.ift_lambda == 0 and self.ift_prediction != "argmax":
+            raise ValueError(
+                "`ift_prediction` has no effect with `ift_lambda=0`: nothing is replaced. Drop one of the two."
+            )
         if self.ift_prediction == "topk":
             if self.ift_top_k is None:
                 raise ValueError("`ift_prediction='topk'` needs `ift_top_k`, the number of tokens to keep.")
-            check_range("ift_top_k", self.ift_top_k, 1)
+            check_range("ift_top_k", self.ift_top_k, 1, integer=True)
         elif self.ift_top_k is not None:
             raise ValueError(
                 f"`ift_top_k` has no effect with `ift_prediction={self.ift_prediction!r}`. Set `ift_prediction='topk'`, or "
@@ -246,9 +284,10 @@ class IFTConfig(ExtensionConfig, SFTConfig):
     def official(cls, output_dir: str | None = None, **overrides: Any) -> "IFTConfig":
         """The settings of the released code (full fine-tuning of 7B models): gradient, embeddings, optimizer, schedule.
 
-        RMSprop at 5e-7, cosine to 0 after 15 % warmup, 3 epochs, batch 8 x 64 accumulation steps, `max_length` 1024,
-        gradient norm 10. The released code also keeps weights and optimizer in bfloat16 without float32 masters: load the
-        model so (`model_init_kwargs={"dtype": "bfloat16"}`) for its numerics. `overrides` win.
+        RMSprop at 5e-7, cosine to 0 after 15 % warmup, 3 epochs, 512 rows a step (8 x 64 accumulation steps on one process;
+        divide the latter by the number of processes), `max_length` 1024, gradient norm 10. The released code also keeps
+        weights and optimizer in bfloat16 without float32 masters: load the model so (`model_init_kwargs={"dtype":
+        "bfloat16"}`) for its numerics. `overrides` win.
         """
         settings: dict[str, Any] = {
             "ift_propagation_grad": "full",
@@ -263,8 +302,8 @@ class IFTConfig(ExtensionConfig, SFTConfig):
             "max_length": 1024,
             "max_grad_norm": 10.0,
         }
-        if overrides.get("ift_propagation") == "none":
-            del settings["ift_propagation_grad"]
+        if overrides.get("ift_propagation", "loss") != "loss" or overrides.get("ift_gamma") == 0:
+            del settings["ift_propagation_grad"]  # the weights have no gradient
         return cls(output_dir=output_dir, **{**settings, **overrides})
 
 
@@ -414,7 +453,8 @@ def _propagation_scores(
         reach = discounted_future_sum(items, documents, gamma)
     else:
         past = discounted_future_sum(items.flip(-1), documents.flip(-1), gamma).flip(-1)
-        smallest = torch.where(mask & (past > 0), past, math.inf).amin()
+        candidates = torch.where(mask & (past > 0), past, math.inf).flatten()
+        smallest = torch.cat([candidates, candidates.new_full((1,), math.inf)]).amin()
         # All losses 0: any constant gives w = 1
         past = past + torch.where(torch.isfinite(smallest), smallest, 1.0)
         reach = 1 / torch.log1p(past) if norm == "log" else 1 / past
@@ -443,6 +483,15 @@ def loss_coefficients(
 
 
 # ------------------------------------------------------------------------------------------------ the two-pass forward
+
+
+def disable_dropout(model: torch.nn.Module) -> None:
+    """Set all dropout probabilities to 0: those of `nn.Dropout` and those that modules keep as numbers (attention)."""
+    disable_dropout_in_model(model)
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if name.endswith("dropout") and isinstance(value, float):
+                setattr(module, name, 0.0)
 
 
 @dataclass
@@ -477,7 +526,8 @@ def add_two_pass_forward(
         top_k: Number of tokens of `"topk"`.
         freeze_input_embeddings: Whether to cut the gradient to the embeddings from the inputs.
     """
-    fused_forward = model.forward
+    # The function, not the bound method: a copy of the model then runs its own weights
+    fused_forward = model.forward.__func__
     head = LMHead.of(model)
 
     # Keep the original signature: `generate` validates its arguments against it
@@ -486,9 +536,9 @@ def add_two_pass_forward(
         self, *args, ift_lambda: float | None = None, ift_seed: int = 0, **kwargs
     ) -> TwoPassOutput | Any:
         if ift_lambda is None:
-            return fused_forward(*args, **kwargs)
+            return fused_forward(self, *args, **kwargs)
         if ift_lambda == 0 and not freeze_input_embeddings:
-            return _with_sums(fused_forward(*args, **kwargs))
+            return _with_sums(fused_forward(self, *args, **kwargs))
 
         input_ids, labels = kwargs.pop("input_ids"), kwargs["labels"]
         kwargs.pop("inputs_embeds", None)
@@ -516,10 +566,12 @@ def add_two_pass_forward(
                     use_cache=False,
                     **{name: value for name, value in kwargs.items() if name not in skipped},
                 )
-                hidden = first.last_hidden_state[rows, columns]
-                del first
+                states = first.last_hidden_state
+                # With the model split over devices, the backbone can end on another one
+                hidden = states[rows.to(states.device), columns.to(states.device)]
+                del first, states
                 tokens, mixed, sums["sft_nll_sum"] = _predict(
-                    head, embed, hidden, targets, prediction, temperature, top_k, ift_seed
+                    self, head, hidden, targets, prediction, temperature, top_k, ift_seed
                 )
             sums["match_sum"] = (tokens == targets).sum()
             predicted = embed(tokens[None])[0] if mixed is None else mixed
@@ -527,11 +579,11 @@ def add_two_pass_forward(
                 predicted = predicted.detach()
             positions = (rows, columns + 1)
             embeddings = embeddings.index_put(
-                positions, fuse_embeddings(embeddings[positions], predicted.to(embeddings.dtype), ift_lambda)
+                positions, fuse_embeddings(embeddings[positions], predicted.to(embeddings), ift_lambda)
             )
         if freeze_input_embeddings and torch.is_grad_enabled():
             embeddings.requires_grad_(True)  # reentrant checkpointing drops the gradients of inputs without it
-        return _with_sums(fused_forward(inputs_embeds=embeddings, **kwargs), **sums)
+        return _with_sums(fused_forward(self, inputs_embeds=embeddings, **kwargs), **sums)
 
     model.forward = types.MethodType(two_pass_forward, model)
 
@@ -559,8 +611,8 @@ def _with_sums(
 
 
 def _predict(
+    model: PreTrainedModel,
     head: LMHead,
-    embed: torch.nn.Module,
     hidden: torch.Tensor,
     targets: torch.Tensor,
     prediction: str,
@@ -576,10 +628,16 @@ def _predict(
     """
     tokens = torch.empty_like(targets)
     nll = torch.zeros((), dtype=torch.float32, device=hidden.device)
-    mixed = hidden.new_empty(hidden.shape)
-    table: torch.Tensor | None = None
+    mixed: Any = None
+    table: Any = None
+    if prediction in ("expected", "topk"):
+        # Once a step on every process, however many tiles it has: sharded embeddings are gathered together
+        embed = model.get_input_embeddings()
+        vocabulary = torch.arange(model.get_output_embeddings().weight.size(0), device=targets.device)
+        table = embed(vocabulary[None])[0].to(hidden.device)
+        mixed = torch.empty_like(hidden)
     generator = torch.Generator(hidden.device).manual_seed(seed) if prediction == "sample" else None
-    for tile, logits in head.logit_tiles(hidden):
+    for tile, logits in head.logit_tiles(model, hidden):
         best, likeliest = logits.max(-1)
         true_logits = logits.gather(-1, targets[tile, None].to(logits.device)).squeeze(-1)
         if prediction == "sample":
@@ -587,18 +645,17 @@ def _predict(
             noise = torch.empty_like(logits).exponential_(generator=generator)
             likeliest = (logits / temperature - noise.log()).argmax(-1)
         elif prediction == "expected":
-            if table is None:
-                table = embed(torch.arange(logits.size(-1), device=hidden.device)[None])[0]
-            mixed[tile] = ((logits / temperature).softmax(-1).to(table.dtype) @ table).to(mixed.dtype)
+            probabilities = (logits / temperature).softmax(-1).to(table)
+            mixed[tile] = (probabilities @ table).to(mixed.dtype)
         elif prediction == "topk":
             top, ids = (logits / temperature).topk(min(top_k or 1, logits.size(-1)), dim=-1)
-            vectors = embed(ids)
-            mixed[tile] = (top.softmax(-1)[..., None].to(vectors.dtype) * vectors).sum(-2).to(mixed.dtype)
+            probabilities = top.softmax(-1).to(table)
+            mixed[tile] = (probabilities[:, None] @ table[ids.to(table.device)])[:, 0].to(mixed.dtype)
         tokens[tile] = likeliest
         # log-sum-exp with the maximum at hand, in the tile itself
         log_sum = best + logits.sub_(best[:, None]).exp_().sum(-1).log()
         nll += (log_sum - true_logits).sum().to(nll.device)
-    return tokens, mixed if prediction in ("expected", "topk") else None, nll
+    return tokens, mixed, nll
 
 
 # ---------------------------------------------------------------------------------------------------------- trainer
@@ -612,11 +669,10 @@ class IFTTrainer(SupervisedTrainer):
     answer tokens and the weights of their losses differ (see the module's docstring). Only tokens with a label are scored
     and replaced, so use `completion_only_loss` or `assistant_only_loss`.
 
-    Logged beside TRL's metrics: `sft_loss` (teacher-forced negative log-likelihood of the first pass, the loss that SFT
-    would log), `ift/fused_loss` (of the second pass, unweighted), `ift/lambda`, `ift/greedy_match` (share of predictions
-    equal to the true token) and, with `ift_propagation_grad="full"`, `ift/negative_coefficients` (share of tokens that a
-    step makes
-    less likely). `entropy` and `mean_token_accuracy` describe the second pass.
+    Logged beside TRL's metrics: `sft_loss` (teacher-forced negative log-likelihood of the first pass in nats a token, which
+    compares with SFT's loss), `ift/fused_loss` (of the second pass, unweighted), `ift/lambda`, `ift/greedy_match` (share of
+    predictions equal to the true token) and, with `ift_propagation_grad="full"`, `ift/negative_coefficients` (share of
+    tokens that a step makes less likely). `entropy` and `mean_token_accuracy` describe the second pass.
 
     Example:
 
@@ -626,7 +682,7 @@ class IFTTrainer(SupervisedTrainer):
 
     trainer = IFTTrainer(
         model="HuggingFaceTB/SmolLM2-135M-Instruct",
-        train_dataset=load_dataset("trl-lib/Capybara", split="train"),
+        train_dataset=load_dataset("trl-lib/tldr", split="train"),
     )
     trainer.train()
     ```
@@ -655,21 +711,26 @@ class IFTTrainer(SupervisedTrainer):
 }""",
     }
 
-    def _patch_model(self, base_model: PreTrainedModel) -> None:
-        config = base_model.config.get_text_config()
-        if getattr(config, "hidden_size_per_layer_input", None):
+    @staticmethod
+    def _check_model_config(args: IFTConfig, config: PretrainedConfig) -> None:
+        if getattr(config.get_text_config(), "hidden_size_per_layer_input", None):
             raise ValueError(
-                f"{type(base_model).__name__} has per-layer embeddings, which read the token ids; IFT feeds mixtures of "
-                "embeddings that have no id. Use another model, or `trl.SFTTrainer`."
+                f"`{config.model_type}` models with per-layer embeddings read the token ids; IFT feeds mixtures of embeddings, "
+                "which have no id. Use another model, or `trl.SFTTrainer`."
             )
-        parallelism = self.accelerator.parallelism_config
+        parallelism = args.parallelism_config
         if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
             raise ValueError(
                 "IFT does not support context or sequence parallelism: its weights need whole documents on one process. "
                 "Set `cp_size` and `sp_size` to 1."
             )
+
+    def _patch_model(self, base_model: PreTrainedModel) -> None:
+        self.model_accepts_loss_kwargs = (
+            True  # items are counted: the loss is ours, whatever the model's forward takes
+        )
         if self.args.disable_dropout:
-            disable_dropout_in_model(self.model)
+            disable_dropout(self.model)
         if self.args.ift_freeze_input_embeddings:
             self._freeze_input_embeddings(base_model)
         add_two_pass_forward(
@@ -679,7 +740,8 @@ class IFTTrainer(SupervisedTrainer):
             self.args.ift_top_k,
             self.args.ift_freeze_input_embeddings,
         )
-        self._drawn = (0, 0)  # (optimizer step, micro-batches of it seen): seeds of `ift_prediction="sample"`
+        self._token_sums: dict[str, dict[str, float]] = {"train": {}, "eval": {}}
+        self._drawn = (-1, 0)  # (optimizer step, micro-batches of it seen): seeds of `ift_prediction="sample"`
 
     def _freeze_input_embeddings(self, base_model: PreTrainedModel) -> None:
         embeddings, head = base_model.get_input_embeddings(), base_model.get_output_embeddings()
@@ -721,8 +783,8 @@ class IFTTrainer(SupervisedTrainer):
         if "attention_mask" not in inputs and "position_ids" in inputs:
             starts = (inputs["position_ids"] == 0).flatten()
             cu_seq_lens = inputs.get("cu_seq_lens_q")
-            number = int(starts.sum()) if cu_seq_lens is None else cu_seq_lens.numel() - 1
-            return (starts.cumsum(0) - 1).view_as(input_ids), number
+            number = int(starts.sum()) + 1 if cu_seq_lens is None else cu_seq_lens.numel()
+            return starts.cumsum(0).view_as(input_ids), number  # ids from 1; 0 is what precedes the first start
         rows = torch.arange(input_ids.size(0), device=input_ids.device)
         return rows[:, None].expand_as(input_ids), input_ids.size(0)
 
@@ -737,7 +799,8 @@ class IFTTrainer(SupervisedTrainer):
             trained = sum_by_document((batch["labels"][:, 1:] != -100).long(), documents[:, :-1], number)
             num_documents += (trained > 0).sum().to(device)
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
-            num_documents = self.accelerator.gather(num_documents).sum()
+            # Tensor parallel ranks have the same batch
+            num_documents = self.accelerator.gather(num_documents).sum() // self.get_tp_size()
         return batches, num_documents
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -750,9 +813,10 @@ class IFTTrainer(SupervisedTrainer):
         args = self.args
         nll = -outputs.log_probs
         documents, num_documents = self._documents(inputs)
+        documents = documents[:, :-1].to(nll.device)
         options = (args.ift_gamma, args.ift_propagation, args.ift_propagation_norm, args.ift_propagation_side)
         result = ift_document_loss(
-            nll, outputs.label_mask, documents[:, :-1], num_documents, *options, args.ift_propagation_grad
+            nll, outputs.label_mask, documents, num_documents, *options, args.ift_propagation_grad
         )
         if args.ift_loss_normalization == "token":
             total, local_items = (result.loss * result.num_tokens).sum(), result.num_tokens.sum()
@@ -766,21 +830,32 @@ class IFTTrainer(SupervisedTrainer):
             steps = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
             loss = loss + self.router_aux_loss_coef * outputs.aux_loss / steps
 
-        self._log_ift_metrics(outputs, nll.detach(), documents[:, :-1], num_documents, options, tap.fused_kwargs)
+        sums = {
+            "sft_loss": outputs.sft_nll_sum,
+            "ift/fused_loss": nll.detach().sum(),
+            "ift/greedy_match": outputs.match_sum,
+            "num_tokens": outputs.label_mask.sum(),
+        }
+        if args.ift_propagation_grad == "full":
+            coefficients = loss_coefficients(nll, outputs.label_mask, documents, num_documents, *options, "full")
+            sums["ift/negative_coefficients"] = (coefficients < 0).sum()
+        self._add_sums(sums)
+        self._metrics["train" if training else "eval"]["ift/lambda"].append(tap.fused_kwargs["ift_lambda"])
         return (loss, base[1]) if return_outputs else loss
 
-    def _log_ift_metrics(self, outputs, nll, documents, num_documents, options, fused_kwargs) -> None:
-        metrics = self._metrics["train" if self.model.training else "eval"]
-        mask = outputs.label_mask
-        sums = [outputs.sft_nll_sum, nll.sum(), outputs.match_sum, mask.sum()]
-        if self.args.ift_propagation_grad == "full":
-            sums.append((loss_coefficients(nll, mask, documents, num_documents, *options, "full") < 0).sum())
-        stacked = torch.stack([value.detach().float().to(nll.device) for value in sums])
-        sft, fused, match, count, *negative = self.accelerator.gather(stacked[None]).sum(0).tolist()
-        count = max(count, 1.0)
-        metrics["sft_loss"].append(sft / count)
-        metrics["ift/fused_loss"].append(fused / count)
-        metrics["ift/greedy_match"].append(match / count)
-        metrics["ift/lambda"].append(fused_kwargs["ift_lambda"])
-        if negative:
-            metrics["ift/negative_coefficients"].append(negative[0] / count)
+    def _add_sums(self, sums: dict[str, torch.Tensor]) -> None:
+        """Add sums over tokens, of all processes, to those since the last log."""
+        stacked = torch.stack([value.detach().float().to(self.args.device) for value in sums.values()])
+        totals = self.accelerator.gather(stacked[None]).sum(0).tolist()
+        collected = self._token_sums["train" if self.model.training else "eval"]
+        for name, total in zip(sums, totals, strict=True):
+            collected[name] = collected.get(name, 0.0) + total
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As in TRL; means over tokens are exact over all micro-batches since the last log."""
+        mode = "train" if self.model.training else "eval"
+        collected, self._token_sums[mode] = self._token_sums[mode], {}
+        number = collected.pop("num_tokens", 0.0)
+        for name, total in collected.items():
+            self._metrics[mode][name] = [total / max(number, 1.0)]
+        super().log(logs, start_time)

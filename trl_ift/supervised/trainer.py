@@ -1,7 +1,6 @@
 """`SupervisedTrainer`: the base of the methods that train on SFT data."""
 
 from collections.abc import Callable
-from itertools import islice
 from typing import Any
 
 import torch
@@ -9,9 +8,11 @@ from accelerate.utils import is_peft_model
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from peft import PeftConfig, PeftModel
 from transformers import (
+    AutoConfig,
     BitsAndBytesConfig,
     DataCollator,
     EvalPrediction,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     ProcessorMixin,
@@ -22,6 +23,10 @@ from trl import SFTConfig, SFTTrainer
 from ..checks import check_peft, check_sft_dataset
 from ..extension import ExtensionTrainer
 from ..trl_internals import keep_4bit_trainable_on_cpu, score_labelled_positions_only
+
+
+# What decides which config `from_pretrained` reads
+_CONFIG_OPTIONS = ("revision", "trust_remote_code", "token", "cache_dir", "subfolder")
 
 
 class SupervisedTrainer(ExtensionTrainer, SFTTrainer):
@@ -60,9 +65,10 @@ class SupervisedTrainer(ExtensionTrainer, SFTTrainer):
                 f"`compute_loss_func` would replace the loss of {type(self).__name__}. Drop it, or subclass the trainer and "
                 "override `compute_loss`."
             )
-        self._check_source(model, processing_class, quantization_config)
+        self._check_source(args, model, processing_class, quantization_config)
         check_peft(peft_config, model, type(self).__name__)
         self._check_datasets(args, train_dataset, eval_dataset, formatting_func is not None)
+        self._check_model_config(args, self._config_of(model, args))
         if isinstance(model, torch.nn.Module):
             keep_4bit_trainable_on_cpu(model)
 
@@ -87,6 +93,18 @@ class SupervisedTrainer(ExtensionTrainer, SFTTrainer):
         score_labelled_positions_only(base_model)
         self._patch_model(base_model)
 
+    @staticmethod
+    def _config_of(model: str | torch.nn.Module, args: SFTConfig) -> PretrainedConfig:
+        """The config of the model; of a path or Hub id, without loading the model."""
+        if not isinstance(model, str):
+            return model.config
+        options = {name: value for name, value in (args.model_init_kwargs or {}).items() if name in _CONFIG_OPTIONS}
+        return AutoConfig.from_pretrained(model, **{"trust_remote_code": args.trust_remote_code, **options})
+
+    @staticmethod
+    def _check_model_config(args: Any, config: PretrainedConfig) -> None:
+        """Hook: refuse models and settings that the method cannot train, before the model is loaded."""
+
     def _patch_model(self, base_model: PreTrainedModel) -> None:
         """Hook: extend the fused forward of the base model (not the PEFT wrapper)."""
 
@@ -109,9 +127,13 @@ class SupervisedTrainer(ExtensionTrainer, SFTTrainer):
 
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
         prepared = super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
-        # An endless stream of untrainable rows must not hang the check
-        rows = prepared if isinstance(prepared, Dataset) else islice(prepared, 1000)
-        if not any(label != -100 for row in rows for label in row["labels"]):
+        rows = prepared
+        if not isinstance(prepared, Dataset):
+            # An endless stream of untrainable rows, which TRL drops, must not hang the check
+            probe = dataset.take(1000)
+            rows = super()._prepare_dataset(probe, processing_class, args, packing, formatting_func, dataset_name)
+        # Nothing predicts the first token of a row
+        if not any(label != -100 for row in rows for label in row["labels"][1:]):
             raise ValueError(
                 f"No row of the {dataset_name} dataset has a trainable token: all labels are -100 after truncation to "
                 f"`max_length={args.max_length}`. Raise `max_length` (a prompt may fill it), or check the labels, "
