@@ -241,7 +241,7 @@ class IFTConfig(ExtensionConfig, SFTConfig):
         ):
             raise ValueError(
                 "`ift_propagation_side='right'` needs `ift_propagation_grad='none'` (or 'full', the released code): its "
-                "weights fall with the losses; without the gradient of their normaliser ('numerator') a step can raise the loss."
+                "weights fall with the losses, and without the gradient of their normaliser a step can raise the loss."
             )
 
     def _check_schedule(self) -> None:
