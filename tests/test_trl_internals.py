@@ -18,8 +18,10 @@ from trl.trainer.utils import add_fused_lm_head
 import trl_ift
 from trl_ift.trl_internals import (
     TESTED_TRL,
+    ChunkedLogProbFunction,
     FusedTap,
     LMHead,
+    LogProbFunction,
     check_trl,
     keep_4bit_trainable_on_cpu,
     score_labelled_positions_only,
@@ -135,6 +137,44 @@ class TestLabelledPositionsOnly:
             score_labelled_positions_only(model)
             model(**inputs, fused_lm_head=True)
         assert rows == [3 * 19, (inputs["labels"][:, 1:] != -100).sum()]
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("tile", [1, 120, 10**6])
+    @pytest.mark.parametrize("trained", ["all", "weight", "hidden"])
+    def test_stored_probabilities_equal_trl(self, monkeypatch, dtype, tile, trained):
+        """Values of every output and all gradients, entropy's too, against TRL's kernel; with bias and scale."""
+        monkeypatch.setattr("trl_ift.trl_internals._STORED_TILE_ELEMENTS", tile)
+        generator = torch.Generator().manual_seed(0)
+        hidden, weight, bias = (torch.randn(*shape, generator=generator) for shape in ((7, 5), (40, 5), (40,)))
+        targets = torch.randint(0, 40, (7,), generator=generator)
+        upstream = torch.randn(2, 7, generator=generator)
+        outputs = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+        results = []
+        for function in (ChunkedLogProbFunction, LogProbFunction):
+            inputs = [value.to(dtype).requires_grad_(trained in (name, "all")) for name, value in
+                      (("hidden", hidden), ("weight", weight), ("bias", bias))]  # fmt: skip
+            values = function.apply(*inputs, targets, 0.7, 32768, None, 0.5, outputs)
+            ((values[0] * upstream[0]).sum() + (values[1] * upstream[1]).sum()).backward()
+            results.append((values, [value.grad for value in inputs]))
+        tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
+        for theirs, ours in zip(*(r[0] for r in results), strict=True):
+            torch.testing.assert_close(ours, theirs, **tolerance)
+        for theirs, ours in zip(*(r[1] for r in results), strict=True):
+            assert (theirs is None) == (ours is None)
+            if theirs is not None:
+                torch.testing.assert_close(ours, theirs, **tolerance)
+
+    def test_large_batches_and_softcaps_stay_with_trl(self, monkeypatch, tokenizer):
+        calls = []
+        original = ChunkedLogProbFunction.apply
+        monkeypatch.setattr(ChunkedLogProbFunction, "apply", lambda *args: (calls.append(1), original(*args))[1])
+        for family, limit in (("llama", 2**26), ("llama", 100), ("gemma2", 2**26)):
+            monkeypatch.setattr("trl_ift.trl_internals._STORED_ELEMENTS", limit)
+            model = tiny.model(family, tokenizer)
+            add_fused_lm_head(model)
+            score_labelled_positions_only(model)
+            model(**batch(tokenizer), fused_lm_head=True)
+        assert len(calls) == 2
 
     def test_a_batch_without_labels_is_a_differentiable_zero(self, tokenizer):
         model = tiny.model("llama", tokenizer)

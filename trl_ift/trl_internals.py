@@ -17,6 +17,7 @@ from packaging.version import Version
 from torch.distributed.tensor import DTensor
 from trl import DPOTrainer, SFTTrainer
 from trl.cli.accelerate_config import resolve_accelerate_config_argument
+from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 from trl.scripts.env import print_env
 from trl.trainer.utils import (
     FusedCausalLMOutput,
@@ -63,6 +64,10 @@ _EXPECTED_PARAMETERS: dict[Callable, tuple[str, ...]] = {
     DPOTrainer._set_signature_columns_if_needed: ("self",),
     add_fused_lm_head: ("model", "temperature", "cast_lm_head_to_fp32", "outputs"),
     create_model_from_path: ("model_id", "architecture", "kwargs"),
+    ChunkedLogProbFunction.forward: (
+        "ctx", "hidden", "weight", "bias", "targets", "temperature", "chunk_size", "final_logit_softcapping",
+        "logit_scale", "outputs",
+    ),
 }  # fmt: skip
 _EXPECTED_OUTPUT_FIELDS = {
     "loss", "log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1", "label_mask", "aux_loss",
@@ -131,21 +136,124 @@ def score_labelled_positions_only(model: torch.nn.Module) -> None:
     """Make the fused LM head of `model` project only positions that have a label, on every device.
 
     TRL does this on Triton devices; elsewhere it projects prompt and padding too and masks them afterwards, which on a
-    CPU costs as much as scoring them. `model` must carry TRL's fused head (`add_fused_lm_head`); other models keep TRL's
-    behaviour, because only this instance's forward is rebound.
+    CPU costs as much as scoring them. There, small batches also keep their probabilities instead of projecting again in
+    the backward. `model` must carry TRL's fused head (`add_fused_lm_head`); other models keep TRL's behaviour, because only
+    this instance's forward is rebound.
     """
     fused = _fused_forward_of(model)
     # TRL decides with the module global `_use_triton` whether to compact; this copy of the same code sees True.
+    replaced = {"_use_triton": lambda device: True, "_ChunkedLogProbFunction": LogProbFunction}
     compact = types.FunctionType(
-        fused.__code__,
-        {**fused.__globals__, "_use_triton": lambda device: True},
-        fused.__name__,
-        fused.__defaults__,
-        fused.__closure__,
+        fused.__code__, {**fused.__globals__, **replaced}, fused.__name__, fused.__defaults__, fused.__closure__
     )
     compact.__kwdefaults__ = fused.__kwdefaults__
     compact.__dict__.update(fused.__dict__)
     model.forward = types.MethodType(compact, model)
+
+
+class LogProbFunction:
+    """Stands in for TRL's `ChunkedLogProbFunction`: the same arguments and results."""
+
+    @staticmethod
+    def apply(hidden, weight, bias, targets, temperature, chunk_size, softcap, logit_scale, outputs):
+        few = hidden.size(0) * weight.size(0) <= _STORED_ELEMENTS
+        if few and softcap is None and hidden.device.type == "cpu":
+            return _StoredLogProbFunction.apply(hidden, weight, bias, targets, logit_scale / temperature, outputs)
+        return ChunkedLogProbFunction.apply(
+            hidden, weight, bias, targets, temperature, chunk_size, softcap, logit_scale, outputs
+        )
+
+
+# Largest N x V whose probabilities are kept, in float32 (256 MiB), and rows x V of a tile of them
+_STORED_ELEMENTS = 2**26
+_STORED_TILE_ELEMENTS = 2**23
+
+
+class _StoredLogProbFunction(torch.autograd.Function):
+    """Log-probabilities and statistics of N tokens; keeps the (N, V) probabilities for the backward."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets, scale: float, outputs: tuple[str, ...]):
+        ctx.set_materialize_grads(False)
+        device_type = hidden.device.type
+        dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else hidden.dtype
+        number, vocabulary = hidden.size(0), weight.size(0)
+        rows = max(1, _STORED_TILE_ELEMENTS // vocabulary)
+        keep = any(ctx.needs_input_grad)
+        stored = torch.empty(number if keep else min(rows, number), vocabulary, dtype=torch.float32)
+        names = ("log_probs", "log_z", "entropy", "log_sum_sq_probs", "mean_logits")
+        values = {name: torch.empty(number, dtype=torch.float32) for name in names}
+        is_top1 = torch.empty(number, dtype=torch.bool)
+        compute_weight = weight.to(dtype)
+        for start in range(0, number, rows):
+            tile = slice(start, min(start + rows, number))
+            logits = torch.mm(hidden[tile].to(dtype), compute_weight.t())
+            if bias is not None:
+                logits += bias.to(dtype)
+            logits = logits.float()
+            if scale != 1.0:
+                logits *= scale
+            if "mean_logits" in outputs:
+                values["mean_logits"][tile] = logits.mean(-1)
+            top, likeliest = logits.max(-1)
+            is_top1[tile] = likeliest == targets[tile]
+            logits -= top[:, None]
+            probs = torch.exp(logits, out=stored[tile] if keep else stored[: logits.size(0)])
+            total = probs.sum(-1)
+            log_total = total.log()
+            values["log_probs"][tile] = logits.gather(-1, targets[tile, None]).squeeze(-1) - log_total
+            if "entropy" in outputs:
+                values["entropy"][tile] = log_total - torch.linalg.vecdot(probs, logits) / total
+            if "log_sum_sq_probs" in outputs:
+                values["log_sum_sq_probs"][tile] = torch.linalg.vecdot(probs, probs).log() - 2 * log_total
+            probs /= total[:, None]
+        found = [values[name] if name in outputs else None for name in ("entropy", "log_sum_sq_probs", "mean_logits")]
+        result = (values["log_probs"], *found, is_top1 if "is_top1" in outputs else None)
+        if keep:
+            ctx.save_for_backward(hidden, weight, bias, targets, stored, values["entropy"])
+        ctx.dtype, ctx.scale, ctx.rows = dtype, scale, rows
+        ctx.mark_non_differentiable(*(value for value in result[2:] if value is not None))
+        return result
+
+    @staticmethod
+    def backward(ctx, grad_log_probs, grad_entropy, *_):
+        hidden, weight, bias, targets, probs, entropy = ctx.saved_tensors
+        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        # Accumulated in float32 whatever the inputs are, as TRL does
+        compute_weight = weight.to(ctx.dtype).float()
+        grad_hidden = torch.empty(hidden.shape, dtype=torch.float32) if needs_hidden else None
+        grad_weight = torch.zeros(weight.shape, dtype=torch.float32) if needs_weight else None
+        grad_bias = torch.zeros(bias.shape, dtype=torch.float32) if needs_bias else None
+        for start in range(0, hidden.size(0), ctx.rows):
+            tile = slice(start, min(start + ctx.rows, hidden.size(0)))
+            p = probs[tile]
+            if grad_log_probs is None:
+                grad = torch.zeros_like(p)
+            else:
+                # d log p_target / d z_j = 1[j = target] - p_j
+                upstream = grad_log_probs[tile].float()[:, None]
+                grad = p * -upstream
+                grad.scatter_add_(1, targets[tile, None], upstream)
+            if grad_entropy is not None:
+                # d entropy / d z_j = -p_j (log p_j + entropy)
+                grad -= grad_entropy[tile].float()[:, None] * (torch.xlogy(p, p) + p * entropy[tile, None])
+            if ctx.scale != 1.0:
+                grad *= ctx.scale
+            grad = grad.to(ctx.dtype).float()
+            if grad_hidden is not None:
+                torch.mm(grad, compute_weight, out=grad_hidden[tile])
+            if grad_weight is not None:
+                grad_weight.addmm_(grad.t(), hidden[tile].to(ctx.dtype).float())
+            if grad_bias is not None:
+                grad_bias += grad.sum(0)
+        return (
+            None if grad_hidden is None else grad_hidden.to(hidden.dtype),
+            None if grad_weight is None else grad_weight.to(weight.dtype),
+            None if grad_bias is None else grad_bias.to(bias.dtype),
+            None,
+            None,
+            None,
+        )
 
 
 @dataclasses.dataclass(frozen=True)
