@@ -1,4 +1,5 @@
 # /// script
+# requires-python = ">=3.11"
 # dependencies = ["trl-ift"]
 # ///
 """Why `ift_propagation_grad` is not "full" by default: the released gradient makes models forget how to stop.

@@ -1,5 +1,6 @@
 """The examples run as they stand, on local folders, and their headers are right."""
 
+import importlib.util
 import json
 import os
 import re
@@ -49,3 +50,16 @@ def test_ift(tmp_path, model_dir, data_dir):
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
     log = json.loads((tmp_path / "out" / "checkpoint-2" / "trainer_state.json").read_text())["log_history"]
     assert [round(entry["ift/lambda"], 6) for entry in log if "loss" in entry] == [0.2, 0.2]
+
+
+@pytest.mark.slow
+def test_eos_hazard(tmp_path):
+    """The figures in the documentation, in direction: the released gradient unlearns a certain end, the default does not."""
+    spec = importlib.util.spec_from_file_location("eos_hazard", EXAMPLES / "eos_hazard.py")
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    settings = ["SFT (lambda 0, gamma 0)", "lambda 0.2, full", "lambda 0.2, numerator (default)"]
+    sft, full, numerator = (example.run(example.SETTINGS[name], 150, 0, str(tmp_path)) for name in settings)
+    assert full < 0.6
+    assert numerator > 0.95
+    assert sft > 0.95
