@@ -822,15 +822,20 @@ class TestResume:
             ({}, False),
             ({"ift_lambda_noise_std": 0.5, "ift_prediction": "sample", "gradient_accumulation_steps": 2}, False),
             ({"ift_lambda_schedule": "linear", "ift_lambda_warmup_steps": 4, "packing": True, "max_length": 48}, True),
+            ({"streaming": True}, True),
         ],
     )
     def test_resumed_equals_uninterrupted(self, tmp_path, tokenizer, settings, lora):
         """Bit for bit: weights, and every logged value including `num_tokens`."""
 
+        settings = dict(settings)
+        data = tiny.prompt_completion_data()
+        data = data.to_iterable_dataset() if settings.pop("streaming", False) else data
+
         def trainer(folder):
             peft_config = {"peft_config": LoraConfig(**LORA)} if lora else {}
             return make(
-                tmp_path / folder, tokenizer, max_steps=6, save_strategy="steps", save_steps=3,
+                tmp_path / folder, tokenizer, data=data, max_steps=6, save_strategy="steps", save_steps=3,
                 per_device_train_batch_size=2, **settings, **peft_config,
             )  # fmt: skip
 
