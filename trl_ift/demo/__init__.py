@@ -10,6 +10,7 @@ report.py     report.md, samples.md, loss.png, results.json
 
 import argparse
 import logging
+import os
 import shlex
 import sys
 import warnings
@@ -56,6 +57,8 @@ def main(argv: list[str]) -> int:
         parser.error(f"--budget {args.budget:g}: expected a number of minutes, at least 2")
     if args.threads is not None and args.threads < 1:
         parser.error(f"--threads {args.threads} must be at least 1")
+    # Threads that wait busily slow a run down severalfold where another process wants the cores; read when torch loads
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         with warnings.catch_warnings():
             # Deprecations inside the libraries say nothing to the reader of a demo

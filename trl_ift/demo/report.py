@@ -82,10 +82,12 @@ The base model does not know which kind of reply is wanted; part of the gain is 
 
 ![Losses](loss.png)
 
-Pale: every step; strong: the mean of the last {SMOOTHED_STEPS}. Left: the teacher-forced loss of both methods on the
-batch about to be trained on (`loss` of SFT, `sft_loss` of IFT), so the two curves mean the same. Right: IFT's own quantities. `loss` is
-what it minimises (mean over replies of weighted token losses), `ift/fused_loss` the unweighted loss on the mixed inputs,
-`ift/greedy_match` the share of tokens that the model predicts from the true prefix.
+Pale: every step; strong: the mean of the last {SMOOTHED_STEPS}.
+
+Left: the teacher-forced loss of both methods on the batch about to be trained on (`loss` of SFT, `sft_loss` of IFT), so the
+two curves mean the same. Right: IFT's own quantities. `loss` is what it minimises (mean over replies of weighted token
+losses), `ift/fused_loss` the unweighted loss on the mixed inputs, `ift/greedy_match` the share of tokens that the model
+predicts from the true prefix.
 
 Replies with their verdict: [samples.md](samples.md) (the first {NUM_SAMPLES} questions) and `stages/*.json` (all, in the
 order of `data/test.jsonl`).
@@ -172,7 +174,7 @@ def _draw(axes: Any, result: dict[str, Any], key: str, label: str, color: str) -
 
 
 def _table(results: dict[str, dict[str, Any]]) -> list[tuple[str, ...]]:
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for name, result in results.items():
         low, high = (100 * bound for bound in result["interval"])
         rows.append(

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -100,9 +101,8 @@ def run_demo(args: argparse.Namespace) -> dict[str, Any]:
 
     results = {"base": stage(folder, "base", lambda: evaluate_base(source, tokenizer, test))}
     for method in METHODS:
-        results[method] = stage(
-            folder, method, lambda m=method: fine_tune(m, source, settings, tokenizer, train, test, folder / m)
-        )
+        work = partial(fine_tune, method, source, settings, tokenizer, train, test, folder / method)
+        results[method] = stage(folder, method, work)
     everything = {
         "settings": asdict(settings),
         "budget_minutes": args.budget,
@@ -314,11 +314,10 @@ def _measure(name: str, model: Any, tokenizer: PreTrainedTokenizerBase, test: li
 def progress(label: str, total: int) -> Iterator[Callable[[int], None]]:
     """Show progress with the time left: a bar on a terminal, else a line every tenth."""
     if sys.stderr.isatty():
-        columns = (
-            shutil.get_terminal_size().columns
-        )  # tqdm would print nothing on a terminal that does not tell its width
+        # Left to itself, tqdm prints nothing on a terminal that does not tell its size
+        size = shutil.get_terminal_size()
         bar_format = f"  {label} {{percentage:3.0f}}%|{{bar:30}}| {{elapsed}} done, {{remaining}} left"
-        with tqdm(total=total, leave=False, ncols=columns, bar_format=bar_format) as bar:
+        with tqdm(total=total, leave=False, ncols=size.columns, nrows=size.lines, bar_format=bar_format) as bar:
             yield bar.update
         return
     start, done = time.monotonic(), 0
