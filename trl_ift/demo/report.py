@@ -78,7 +78,7 @@ def report(folder: Path, everything: dict[str, Any], test: list[Question]) -> st
 
 {_verdict(results)}
 
-The base model does not know which kind of reply is wanted; part of the gain is that the tuned ones compute step by step.
+The base model is not told how to reply; the replies that the other two learned from compute the sum step by step.
 
 ![Losses](loss.png)
 

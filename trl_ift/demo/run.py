@@ -224,8 +224,8 @@ def _note_base(card: Path) -> None:
     """Say in the model card that training and evaluation saw a de-quantised copy of the base model."""
     note = """## The base model
 
-Trained and evaluated on the weights of a 4-bit (Q4_1) GGUF file of the base model, de-quantised to float32; on the
-original weights the figures differ slightly. The adapter was made by `trl-ift demo`.
+Trained and evaluated on the weights of a 4-bit (Q4_1) GGUF file of the base model, de-quantised to float32; not
+measured on the original weights. The adapter was made by `trl-ift demo`.
 
 """
     text = card.read_text(encoding="utf-8")
