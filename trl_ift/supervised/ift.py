@@ -213,27 +213,23 @@ class IFTConfig(ExtensionConfig, SFTConfig):
             )
 
     def _check_propagation(self) -> None:
-        off = (
-            "ift_propagation='none'"
-            if self.ift_propagation == "none"
-            else "ift_gamma=0"
-            if self.ift_gamma == 0
-            else None
-        )
-        idle = []
-        if off is not None:
-            defaults: dict[str, Any] = {
-                "ift_propagation_norm": "L1",
-                "ift_propagation_side": "left",
-                "ift_propagation_grad": "numerator",
+        off, idle = None, {}
+        if self.ift_propagation == "none":
+            off = "ift_propagation='none'"
+            idle = {
+                "gamma": 0.95,
+                "propagation_norm": "L1",
+                "propagation_side": "left",
+                "propagation_grad": "numerator",
             }
-            if self.ift_propagation == "none":
-                defaults["ift_gamma"] = 0.95
-            idle = [name for name, default in defaults.items() if getattr(self, name) != default]
-        elif self.ift_propagation == "mask" and self.ift_propagation_grad != "numerator":
-            off, idle = "ift_propagation='mask', whose weights have no gradient", ["ift_propagation_grad"]
-        if idle:
-            raise ValueError(f"`{idle[0]}` has no effect with `{off}`. Drop one of the two.")
+        elif self.ift_gamma == 0:
+            off = "ift_gamma=0"
+            idle = {"propagation_norm": "L1", "propagation_side": "left", "propagation_grad": "numerator"}
+        elif self.ift_propagation == "mask":
+            off, idle = "ift_propagation='mask', whose weights have no gradient", {"propagation_grad": "numerator"}
+        for name, default in idle.items():
+            if getattr(self, f"ift_{name}") != default:
+                raise ValueError(f"`ift_{name}` has no effect with `{off}`. Drop one of the two.")
         if (
             self.ift_propagation_side == "right"
             and self.ift_propagation == "loss"
@@ -254,7 +250,6 @@ class IFTConfig(ExtensionConfig, SFTConfig):
                 "`ift_lambda_min` and `ift_lambda_warmup_steps` act only on a schedule. Set `ift_lambda_schedule='linear'`, "
                 "or drop them."
             )
-
         if self.ift_lambda == 0 and self.ift_lambda_noise_std != 0:
             raise ValueError(
                 "`ift_lambda_noise_std` is relative to `ift_lambda`, and has no effect with `ift_lambda=0`."
@@ -661,6 +656,14 @@ def _predict(
 # ---------------------------------------------------------------------------------------------------------- trainer
 
 
+def _refuse_split_sequences(parallelism: Any) -> None:
+    if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
+        raise ValueError(
+            "IFT does not support context or sequence parallelism: its weights need whole documents on one process. Set "
+            "`cp_size` and `sp_size` to 1."
+        )
+
+
 class IFTTrainer(SupervisedTrainer):
     """
     Trainer for Intuitive Fine-Tuning (IFT).
@@ -718,17 +721,12 @@ class IFTTrainer(SupervisedTrainer):
                 f"`{config.model_type}` models with per-layer embeddings read the token ids; IFT feeds mixtures of embeddings, "
                 "which have no id. Use another model, or `trl.SFTTrainer`."
             )
-        parallelism = args.parallelism_config
-        if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
-            raise ValueError(
-                "IFT does not support context or sequence parallelism: its weights need whole documents on one process. "
-                "Set `cp_size` and `sp_size` to 1."
-            )
+        _refuse_split_sequences(args.parallelism_config)
 
     def _patch_model(self, base_model: PreTrainedModel) -> None:
-        self.model_accepts_loss_kwargs = (
-            True  # items are counted: the loss is ours, whatever the model's forward takes
-        )
+        _refuse_split_sequences(self.accelerator.parallelism_config)  # an accelerate config file may ask for it
+        # The loss is ours, whatever the model's forward takes: count the items of a step
+        self.model_accepts_loss_kwargs = True
         if self.args.disable_dropout:
             disable_dropout(self.model)
         if self.args.ift_freeze_input_embeddings:
