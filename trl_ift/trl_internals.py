@@ -136,9 +136,9 @@ def score_labelled_positions_only(model: torch.nn.Module) -> None:
     """Make the fused LM head of `model` project only positions that have a label, on every device.
 
     TRL does this on Triton devices; elsewhere it projects prompt and padding too and masks them afterwards, which on a
-    CPU costs as much as scoring them. There, small batches also keep their probabilities instead of projecting again in
-    the backward. `model` must carry TRL's fused head (`add_fused_lm_head`); other models keep TRL's behaviour, because only
-    this instance's forward is rebound.
+    CPU costs as much as scoring them. On a CPU, small batches also keep their probabilities instead of projecting again
+    in the backward, and tiles are smaller. `model` must carry TRL's fused head (`add_fused_lm_head`); other models keep
+    TRL's behaviour, because only this instance's forward is rebound.
     """
     fused = _fused_forward_of(model)
     # TRL decides with the module global `_use_triton` whether to compact; this copy of the same code sees True.
@@ -156,21 +156,34 @@ class LogProbFunction:
 
     @staticmethod
     def apply(hidden, weight, bias, targets, temperature, chunk_size, softcap, logit_scale, outputs):
-        few = hidden.size(0) * weight.size(0) <= _STORED_ELEMENTS
-        if few and softcap is None and hidden.device.type == "cpu":
-            return _StoredLogProbFunction.apply(hidden, weight, bias, targets, logit_scale / temperature, outputs)
+        if softcap is None and hidden.device.type == "cpu":
+            return _CPULogProbFunction.apply(hidden, weight, bias, targets, logit_scale / temperature, outputs)
         return ChunkedLogProbFunction.apply(
             hidden, weight, bias, targets, temperature, chunk_size, softcap, logit_scale, outputs
         )
 
 
-# Largest N x V whose probabilities are kept, in float32 (256 MiB), and rows x V of a tile of them
+# Largest N x V whose probabilities are kept for the backward, in float32 (256 MiB), and rows x V of a tile
 _STORED_ELEMENTS = 2**26
-_STORED_TILE_ELEMENTS = 2**23
+_CPU_TILE_ELEMENTS = 2**23
 
 
-class _StoredLogProbFunction(torch.autograd.Function):
-    """Log-probabilities and statistics of N tokens; keeps the (N, V) probabilities for the backward."""
+def _scaled_logits(hidden, weight, bias, scale: float) -> torch.Tensor:
+    """Float32 logits of one tile, (rows, V), from inputs in the dtype of the projection."""
+    logits = torch.mm(hidden, weight.t())
+    if bias is not None:
+        logits += bias.to(logits.dtype)
+    logits = logits.float()
+    if scale != 1.0:
+        logits *= scale
+    return logits
+
+
+class _CPULogProbFunction(torch.autograd.Function):
+    """Log-probabilities and statistics of N tokens, tile by tile.
+
+    Keeps the (N, V) probabilities for the backward while they are few, and computes them again otherwise.
+    """
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, scale: float, outputs: tuple[str, ...]):
@@ -178,8 +191,8 @@ class _StoredLogProbFunction(torch.autograd.Function):
         device_type = hidden.device.type
         dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else hidden.dtype
         number, vocabulary = hidden.size(0), weight.size(0)
-        rows = max(1, _STORED_TILE_ELEMENTS // vocabulary)
-        keep = any(ctx.needs_input_grad)
+        rows = max(1, _CPU_TILE_ELEMENTS // vocabulary)
+        keep = any(ctx.needs_input_grad) and number * vocabulary <= _STORED_ELEMENTS
         stored = torch.empty(number if keep else min(rows, number), vocabulary, dtype=torch.float32)
         names = ("log_probs", "log_z", "entropy", "log_sum_sq_probs", "mean_logits")
         values = {name: torch.empty(number, dtype=torch.float32) for name in names}
@@ -187,12 +200,7 @@ class _StoredLogProbFunction(torch.autograd.Function):
         compute_weight = weight.to(dtype)
         for start in range(0, number, rows):
             tile = slice(start, min(start + rows, number))
-            logits = torch.mm(hidden[tile].to(dtype), compute_weight.t())
-            if bias is not None:
-                logits += bias.to(dtype)
-            logits = logits.float()
-            if scale != 1.0:
-                logits *= scale
+            logits = _scaled_logits(hidden[tile].to(dtype), compute_weight, bias, scale)
             if "mean_logits" in outputs:
                 values["mean_logits"][tile] = logits.mean(-1)
             top, likeliest = logits.max(-1)
@@ -201,32 +209,39 @@ class _StoredLogProbFunction(torch.autograd.Function):
             probs = torch.exp(logits, out=stored[tile] if keep else stored[: logits.size(0)])
             total = probs.sum(-1)
             log_total = total.log()
+            values["log_z"][tile] = top + log_total
             values["log_probs"][tile] = logits.gather(-1, targets[tile, None]).squeeze(-1) - log_total
             if "entropy" in outputs:
                 values["entropy"][tile] = log_total - torch.linalg.vecdot(probs, logits) / total
             if "log_sum_sq_probs" in outputs:
                 values["log_sum_sq_probs"][tile] = torch.linalg.vecdot(probs, probs).log() - 2 * log_total
-            probs /= total[:, None]
+            if keep:
+                probs /= total[:, None]
         found = [values[name] if name in outputs else None for name in ("entropy", "log_sum_sq_probs", "mean_logits")]
         result = (values["log_probs"], *found, is_top1 if "is_top1" in outputs else None)
-        if keep:
-            ctx.save_for_backward(hidden, weight, bias, targets, stored, values["entropy"])
+        probs_or_none = stored if keep else None
+        ctx.save_for_backward(hidden, weight, bias, targets, probs_or_none, values["log_z"], values["entropy"])
         ctx.dtype, ctx.scale, ctx.rows = dtype, scale, rows
         ctx.mark_non_differentiable(*(value for value in result[2:] if value is not None))
         return result
 
     @staticmethod
     def backward(ctx, grad_log_probs, grad_entropy, *_):
-        hidden, weight, bias, targets, probs, entropy = ctx.saved_tensors
+        hidden, weight, bias, targets, probs, log_z, entropy = ctx.saved_tensors
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         # Accumulated in float32 whatever the inputs are, as TRL does
-        compute_weight = weight.to(ctx.dtype).float()
+        projection = weight.to(ctx.dtype)
+        compute_weight = projection.float()
         grad_hidden = torch.empty(hidden.shape, dtype=torch.float32) if needs_hidden else None
         grad_weight = torch.zeros(weight.shape, dtype=torch.float32) if needs_weight else None
         grad_bias = torch.zeros(bias.shape, dtype=torch.float32) if needs_bias else None
         for start in range(0, hidden.size(0), ctx.rows):
             tile = slice(start, min(start + ctx.rows, hidden.size(0)))
-            p = probs[tile]
+            if probs is not None:
+                p = probs[tile]
+            else:
+                p = _scaled_logits(hidden[tile].to(ctx.dtype), projection, bias, ctx.scale)
+                p = p.sub_(log_z[tile, None]).exp_()
             if grad_log_probs is None:
                 grad = torch.zeros_like(p)
             else:
