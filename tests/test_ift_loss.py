@@ -122,6 +122,12 @@ class TestWorkedExample:
         future = discounted_future_sum(nll[None], torch.zeros(1, 4, dtype=torch.long), 0.95)[0]
         close((nll * future).sum(), 15.3124243984)
 
+    def test_equation_21(self):
+        # Linear: token i counts sum over n <= i of gamma^(i-n) = (1 - gamma^(i+1)) / (1 - gamma) times
+        nll, documents = toy_example(0.2)[None], torch.zeros(1, 4, dtype=torch.long)
+        total = discounted_future_sum(nll, documents, 0.95).sum()
+        close(total / discounted_future_sum(torch.ones_like(nll), documents, 0.95).sum(), 1.2737417331)
+
     def test_easy_last_tokens_get_negative_coefficients_under_full(self):
         nll = torch.tensor([[2, 2, 0.01, 0.01]], dtype=torch.float64)
         full = loss_coefficients(nll, *_whole(nll), 0.95, "loss", "L1", "left", "full")[0]
