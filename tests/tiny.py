@@ -126,3 +126,90 @@ def tokenized_data(tokenizer: PreTrainedTokenizerFast) -> Dataset:
         answer_ids = [*tokenizer(f" {answer}")["input_ids"], tokenizer.eos_token_id]
         rows.append({"input_ids": prompt + answer_ids, "labels": [-100] * len(prompt) + answer_ids})
     return Dataset.from_list(rows)
+
+
+# Rejected answers to `QUESTIONS`, shorter and longer than the chosen ones
+REJECTED = [
+    "London.",
+    "A spider has no legs at all, I think.",
+    "Seven.",
+    "It is hard to say.",
+    "No.",
+    "I do not know who wrote it.",
+    "Two plus two is twenty-two.",
+    "In trees.",
+]
+
+
+def preference_data() -> Dataset:
+    """Pairs with a prompt, strings."""
+    return Dataset.from_list(
+        [
+            {"prompt": question, "chosen": f" {answer}", "rejected": f" {rejected}"}
+            for (question, answer), rejected in zip(QUESTIONS, REJECTED, strict=True)
+        ]
+    )
+
+
+def implicit_preference_data() -> Dataset:
+    """Pairs without a prompt column: both responses repeat it."""
+    return Dataset.from_list(
+        [
+            {"chosen": f"{question} {answer}", "rejected": f"{question} {rejected}"}
+            for (question, answer), rejected in zip(QUESTIONS, REJECTED, strict=True)
+        ]
+    )
+
+
+def conversational_preference_data() -> Dataset:
+    """Pairs of messages."""
+    return Dataset.from_list(
+        [
+            {
+                "prompt": [{"role": "user", "content": question}],
+                "chosen": [{"role": "assistant", "content": answer}],
+                "rejected": [{"role": "assistant", "content": rejected}],
+            }
+            for (question, answer), rejected in zip(QUESTIONS, REJECTED, strict=True)
+        ]
+    )
+
+
+def triple_data() -> Dataset:
+    """Pairs with a third, gold response."""
+    return Dataset.from_list(
+        [
+            {"prompt": question, "reference": f" {answer}", "chosen": f" Well: {answer}", "rejected": f" {rejected}"}
+            for (question, answer), rejected in zip(QUESTIONS, REJECTED, strict=True)
+        ]
+    )
+
+
+# Gold answers to `QUESTIONS`, some much longer and some much shorter than chosen and rejected
+GOLD = [
+    "Paris.",
+    "A spider has eight legs; an insect has six, and a centipede may have more than a hundred.",
+    "Red.",
+    "Tuesday comes after Monday, and after it come Wednesday, Thursday, Friday and Saturday.",
+    "It is.",
+    "Shakespeare.",
+    "Two plus two is four.",
+    "In water.",
+]
+
+
+def triple_data() -> Dataset:
+    """Pairs with a gold response in the column `reference`, strings."""
+    return preference_data().add_column("reference", [f" {gold}" for gold in GOLD])
+
+
+def implicit_triple_data() -> Dataset:
+    """Triples without a prompt column."""
+    golds = [f"{question} {gold}" for (question, _), gold in zip(QUESTIONS, GOLD, strict=True)]
+    return implicit_preference_data().add_column("reference", golds)
+
+
+def conversational_triple_data() -> Dataset:
+    """Triples of messages."""
+    golds = [[{"role": "assistant", "content": gold}] for gold in GOLD]
+    return conversational_preference_data().add_column("reference", golds)

@@ -8,6 +8,7 @@ import math
 import os
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,15 @@ def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
         raise ValueError(f"`{name}={value!r}` is not known. Choose one of: {', '.join(map(repr, choices))}.")
 
 
+def check_unused(config: Any, names: Sequence[str], reason: str) -> None:
+    """Raise if one of the fields `names` of a dataclass was changed from its default: it would have no effect."""
+    for field in fields(config):
+        if field.name in names:
+            default = field.default_factory() if callable(field.default_factory) else field.default
+            if getattr(config, field.name) != default:
+                raise ValueError(f"`{field.name}={getattr(config, field.name)!r}` has no effect {reason}. Drop it.")
+
+
 def check_quantization(quantization_config: Any) -> None:
     """Raise if a bitsandbytes quantization is asked for and bitsandbytes is not installed."""
     bits = next((b for b in (4, 8) if getattr(quantization_config, f"load_in_{b}bit", False)), None)
@@ -85,13 +95,13 @@ def check_model_source(model: Any, processing_class: Any) -> None:
         )
 
 
-def check_peft(peft_config: Any, model: Any, method: str) -> None:
-    """Raise for PEFT kinds that the fused LM head cannot train: prompt learning, and adapters on `lm_head`."""
+def check_peft(peft_config: Any, model: Any, method: str, prompt_learning: bool = False) -> None:
+    """Raise for adapters on `lm_head`, which the fused head cannot train, and, unless allowed, for prompt learning."""
     existing = getattr(model, "peft_config", None)
     configs = [peft_config] if peft_config is not None else []
     configs += list(existing.values()) if isinstance(existing, Mapping) else []
     for config in configs:
-        if getattr(config, "is_prompt_learning", False):
+        if getattr(config, "is_prompt_learning", False) and not prompt_learning:
             raise ValueError(
                 f"{method} does not support prompt-learning PEFT ({type(config).__name__}): its virtual tokens shift the "
                 "positions whose predictions are used. Use an adapter such as `LoraConfig` instead."
@@ -160,6 +170,74 @@ def check_sft_dataset(dataset: Any, name: str, text_field: str = "text", formatt
             f"`{name}` has the columns {sorted(row)}. Expected 'messages' or '{text_field}' (language modeling), 'prompt' and "
             f"'completion', or 'input_ids' (pre-tokenized). Rename your columns, or set `dataset_text_field`."
         )
+
+
+def check_preference_dataset(
+    dataset: Any, name: str, columns: Sequence[Any] = (), branches: Sequence[Any] = ()
+) -> None:
+    """Check columns and types of a preference dataset: of its first row, and all numbers of a map-style one.
+
+    Args:
+        dataset: `Dataset` or `IterableDataset`.
+        name: How the messages call it, e.g. `"train_dataset"`.
+        columns: `Column`s of numbers that the method reads.
+        branches: `Branch`es whose text column must be there.
+    """
+    row = next(iter(dataset), None)
+    if row is None:
+        raise ValueError(f"`{name}` is empty: it has no rows. Check the split, and any filter applied before.")
+    if "image" in row or "images" in row:
+        raise ValueError(
+            f"`{name}` is a vision dataset (column 'image' or 'images'), which is not supported. Drop the column to train "
+            "on the text alone, or use `trl.DPOTrainer`."
+        )
+    tokenized = {"prompt_ids", "chosen_ids", "rejected_ids"}
+    if not tokenized <= set(row):
+        missing = [column for column in ("chosen", "rejected") if column not in row]
+        if missing:
+            raise ValueError(
+                f"`{name}` lacks the column {' and '.join(map(repr, missing))}; its columns are {sorted(row)}. Expected "
+                "'prompt', 'chosen' and 'rejected' (or all three as token ids: 'prompt_ids', 'chosen_ids', 'rejected_ids'). "
+                "Rename your columns."
+            )
+        texts = {column: row[column] for column in ("prompt", "chosen", "rejected") if column in row}
+        _check_same_kind(texts, name)
+    for branch in branches:
+        if branch.column is None or branch.rows_column in row or f"{branch.column}_ids" in row:
+            continue
+        source = branch.source(row)
+        if source is None:
+            wanted = " or ".join(map(repr, (branch.column, *branch.aliases)))
+            raise ValueError(
+                f"`{name}` lacks the column {wanted} ({branch.name} response); its columns are {sorted(row)}. Rename or add it."
+            )
+        _check_same_kind({"chosen": row["chosen"], source: row[source]}, name)
+    stored = [column for column in ("ref_chosen_logps", "ref_rejected_logps") if column in row]
+    if len(stored) == 1:
+        raise ValueError(
+            f"`{name}` has the column '{stored[0]}' but not the other one: stored reference log-probabilities need both "
+            "'ref_chosen_logps' and 'ref_rejected_logps'. Add it, or drop this one."
+        )
+    for column in columns:
+        if column.name not in row:
+            if column.required:
+                raise ValueError(f"`{name}` lacks the column '{column.name}'; its columns are {sorted(row)}. Add it.")
+            continue
+        if hasattr(dataset, "num_rows"):
+            for index, value in enumerate(dataset.with_format(None)[column.name][:]):
+                column.check(value, f"`{name}`, row {index}")
+        else:
+            column.check(row[column.name], f"`{name}`, first row")
+
+
+def _check_same_kind(texts: Mapping[str, Any], name: str) -> None:
+    if all(isinstance(value, str) for value in texts.values()) or all(map(_is_messages, texts.values())):
+        return
+    found = ", ".join(f"'{column}': {_kind(value)}" for column, value in texts.items())
+    raise TypeError(
+        f"`{name}`: these columns must all be strings, or all be lists of {{'role', 'content'}} messages; the first row has "
+        f"{found}."
+    )
 
 
 def _is_ids(value: Any) -> bool:

@@ -24,6 +24,8 @@ from .registry import METHODS, Method, get_method, methods_table
 
 # Tools with a `main(argv) -> int` of their own: name -> (module, help)
 _TOOLS = {
+    "generate": ("trl_ift.data.generation", "Sample completions of a model for a prompt dataset"),
+    "triples": ("trl_ift.data.triples", "Build triples (gold, chosen, rejected) from scored responses"),
     "demo": ("trl_ift.demo", "Fine-tune a small chat model on this machine and write a report"),
 }
 

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from accelerate.utils import is_peft_model
 from huggingface_hub import EvalResult, HfApi, ModelCard
 from transformers.trainer import TRAINING_ARGS_NAME
@@ -78,10 +79,12 @@ class ExtensionTrainer(_Trainer):
     Attributes:
         config_class: Config that the trainer takes; a foreign one is refused.
         method: Name of the method in the registry.
+        card_options: Options of TRL's config that the model card shows beside the method's own.
     """
 
     config_class: type
     method: str
+    card_options: tuple[str, ...] = ()
 
     @classmethod
     def _own_config(cls, args: Any, model: Any) -> Any:
@@ -154,6 +157,31 @@ class ExtensionTrainer(_Trainer):
             (checkpoint / "trainer_state.json").unlink(missing_ok=True)
             (checkpoint / _STATE_FILE).write_text(json.dumps(self._extension_state()))
         super()._save_checkpoint(model, trial)
+
+    # ---------------------------------------------------------------- metrics
+
+    def _record_mean(self, name: str, total: torch.Tensor, count: torch.Tensor | int) -> None:
+        """Add to a metric that is a mean over tokens, rows or pairs, exact over processes and micro-batches.
+
+        Every process must record the same names in a step, with `count` 0 if it has none.
+        """
+        sums = self.__dict__.setdefault("_sums", {"train": {}, "eval": {}})["train" if self.model.training else "eval"]
+        values = torch.stack([torch.as_tensor(v).detach().float().to(self.args.device) for v in (total, count)])
+        sums[name] = sums[name] + values if name in sums else values
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As in TRL, with the means that were recorded since the last log."""
+        mode = "train" if self.model.training else "eval"
+        recorded = self.__dict__.get("_sums", {})
+        sums = recorded.get(mode)
+        if sums:
+            recorded[mode] = {}
+            stacked = torch.stack(list(sums.values()))
+            totals = self.accelerator.gather(stacked[None]).sum(0).tolist()
+            for name, (total, count) in zip(sums, totals, strict=True):
+                if count:
+                    self._metrics[mode][name] = [total / count]
+        super().log(logs, start_time)
 
     # ---------------------------------------------------------------- model card
 
@@ -243,7 +271,9 @@ class ExtensionTrainer(_Trainer):
             "base_model_label": source or None,
             "hub_model_id": self.hub_model_id,
             "method_parameters": {
-                name: getattr(args, name) for name in self.own_options() if getattr(args, name) is not None
+                name: getattr(args, name)
+                for name in (*self.card_options, *self.own_options())
+                if getattr(args, name) is not None
             },
             "training_parameters": {
                 "learning_rate": args.learning_rate,

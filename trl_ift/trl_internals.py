@@ -6,19 +6,28 @@ TRL release moves one of these names, this is the one file to mend.
 
 import dataclasses
 import inspect
+import os
+import textwrap
 import types
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import trl
+from accelerate.utils import broadcast_object_list
+from datasets import Dataset
 from packaging.version import Version
 from torch.distributed.tensor import DTensor
 from trl import DPOTrainer, SFTTrainer
 from trl.cli.accelerate_config import resolve_accelerate_config_argument
+from trl.data_utils import _tokenize as tokenize
+from trl.data_utils import common_prefix_length
 from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 from trl.scripts.env import print_env
+from trl.trainer import dpo_trainer
+from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import (
     FusedCausalLMOutput,
     add_fused_lm_head,
@@ -27,25 +36,37 @@ from trl.trainer.utils import (
     get_comet_experiment_url,
     get_config_model_id,
     get_trackio_space_url,
+    global_then_local_main_first,
     maybe_gather_lm_head_ctx,
+    pad,
 )
 
 
 __all__ = [
+    "TRL_PAIR_LOSSES",
+    "DataCollatorForPreference",
     "FusedCausalLMOutput",
     "FusedTap",
     "LMHead",
     "add_fused_lm_head",
     "check_trl",
+    "common_prefix_length",
     "create_model_from_path",
     "disable_dropout_in_model",
+    "dpo_compute_loss",
+    "dpo_construction",
+    "forget_fused_head",
     "get_comet_experiment_url",
     "get_config_model_id",
     "get_trackio_space_url",
+    "global_then_local_main_first",
     "keep_4bit_trainable_on_cpu",
+    "pad",
     "print_env",
     "resolve_accelerate_config_argument",
     "score_labelled_positions_only",
+    "share_cache_folder",
+    "tokenize",
 ]
 
 # Minor releases the test suite was run against
@@ -64,6 +85,8 @@ _EXPECTED_PARAMETERS: dict[Callable, tuple[str, ...]] = {
     DPOTrainer._set_signature_columns_if_needed: ("self",),
     add_fused_lm_head: ("model", "temperature", "cast_lm_head_to_fp32", "outputs"),
     create_model_from_path: ("model_id", "architecture", "kwargs"),
+    tokenize: ("processing_class", "input", "apply_chat_template_kwargs"),
+    DataCollatorForPreference.torch_call: ("self", "examples"),
     ChunkedLogProbFunction.forward: (
         "ctx", "hidden", "weight", "bias", "targets", "temperature", "chunk_size", "final_logit_softcapping",
         "logit_scale", "outputs",
@@ -340,6 +363,83 @@ def keep_4bit_trainable_on_cpu(model: torch.nn.Module) -> None:
                 "gradients through it would be wrong. Load the model again and pass it to the trainer before running "
                 "it, or pass the model's path together with `quantization_config`."
             )
+
+
+# ---------------------------------------------------------------- DPOTrainer
+
+TRL_PAIR_LOSSES = (
+    "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
+    "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
+)  # fmt: skip
+
+_PAIR_MEAN = "per_sequence_loss.mean()"
+
+
+def _with_pair_mean_hook(function: Callable) -> Callable:
+    """Return TRL's loss function with its mean over the pairs replaced by `model.pair_mean(per_sequence_loss, loss_type)`.
+
+    TRL has no hook between the losses of the pairs and their mean. The source keeps its file and lines in tracebacks.
+    """
+    lines, first_line = inspect.getsourcelines(function)
+    source = textwrap.dedent("".join(lines))
+    if source.count(_PAIR_MEAN) != 1:
+        raise ImportError(
+            f"trl_ift does not work with trl {trl.__version__}: `{_PAIR_MEAN}` occurs {source.count(_PAIR_MEAN)} times in "
+            f"{function.__qualname__}, expected once. Install a tested version: pip install 'trl=={TESTED_TRL[-1]}.*'."
+        )
+    source = source.replace(_PAIR_MEAN, "model.pair_mean(per_sequence_loss, loss_type)")
+    namespace: dict[str, Any] = {}
+    exec(compile("\n" * (first_line - 1) + source, inspect.getfile(function), "exec"), function.__globals__, namespace)
+    return namespace[function.__name__]
+
+
+dpo_compute_loss = _with_pair_mean_hook(DPOTrainer._compute_loss)
+
+
+@contextmanager
+def dpo_construction(labelled_positions_only: bool = True, hash_weights: bool = True) -> Iterator[None]:
+    """While a `DPOTrainer` is built: its fused heads score labelled positions only, and 4-bit weights stay trainable.
+
+    TRL adds the heads, and runs them over the data when it precomputes reference log-probs, within one constructor. With
+    `hash_weights=False` the weights are not hashed for a cache of reference log-probs that will not be written.
+    """
+    original, original_hash = dpo_trainer.add_fused_lm_head, dpo_trainer.hash_module
+
+    def add_head(model: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
+        keep_4bit_trainable_on_cpu(model)
+        original(model, *args, **kwargs)
+        if labelled_positions_only:
+            score_labelled_positions_only(model)
+
+    dpo_trainer.add_fused_lm_head = add_head
+    if not hash_weights:
+        dpo_trainer.hash_module = lambda module: ""
+    try:
+        yield
+    finally:
+        dpo_trainer.add_fused_lm_head, dpo_trainer.hash_module = original, original_hash
+
+
+def share_cache_folder(dataset: Dataset) -> None:
+    """Let all processes cache what is derived from an in-memory dataset in the main process's folder.
+
+    Each has a temporary folder of its own otherwise, and cannot read the reference log-probs that the first one wrote.
+    """
+    folder = [os.path.dirname(dataset._get_cache_file_path("0"))]
+    broadcast_object_list(folder, from_process=0)
+    dataset._get_cache_file_path = lambda fingerprint: os.path.join(folder[0], f"cache-{fingerprint}.arrow")
+
+
+def forget_fused_head(model: torch.nn.Module) -> None:
+    """Give a copy of a model that a TRL trainer has patched its own forward back: the patch still runs the original."""
+    forward = vars(model).get("forward")
+    while forward is not None:  # accelerate wraps the patch for mixed precision; its other hooks copy well and stay
+        function = getattr(forward, "__func__", forward)
+        if "final_logit_softcapping" in getattr(getattr(function, "__code__", None), "co_freevars", ()):
+            del model.forward
+            vars(model).pop("_original_forward", None)
+            return
+        forward = getattr(function, "__wrapped__", None)
 
 
 check_trl()

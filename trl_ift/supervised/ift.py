@@ -738,7 +738,6 @@ class IFTTrainer(SupervisedTrainer):
             self.args.ift_top_k,
             self.args.ift_freeze_input_embeddings,
         )
-        self._token_sums: dict[str, dict[str, float]] = {"train": {}, "eval": {}}
         self._drawn = (-1, 0)  # (optimizer step, micro-batches of it seen): seeds of `ift_prediction="sample"`
 
     def _freeze_input_embeddings(self, base_model: PreTrainedModel) -> None:
@@ -828,32 +827,12 @@ class IFTTrainer(SupervisedTrainer):
             steps = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
             loss = loss + self.router_aux_loss_coef * outputs.aux_loss / steps
 
-        sums = {
-            "sft_loss": outputs.sft_nll_sum,
-            "ift/fused_loss": nll.detach().sum(),
-            "ift/greedy_match": outputs.match_sum,
-            "num_tokens": outputs.label_mask.sum(),
-        }
+        num_tokens = outputs.label_mask.sum()
+        self._record_mean("sft_loss", outputs.sft_nll_sum, num_tokens)
+        self._record_mean("ift/fused_loss", nll.sum(), num_tokens)
+        self._record_mean("ift/greedy_match", outputs.match_sum, num_tokens)
         if args.ift_propagation_grad == "full":
             coefficients = loss_coefficients(nll, outputs.label_mask, documents, num_documents, *options, "full")
-            sums["ift/negative_coefficients"] = (coefficients < 0).sum()
-        self._add_sums(sums)
+            self._record_mean("ift/negative_coefficients", (coefficients < 0).sum(), num_tokens)
         self._metrics["train" if training else "eval"]["ift/lambda"].append(tap.fused_kwargs["ift_lambda"])
         return (loss, base[1]) if return_outputs else loss
-
-    def _add_sums(self, sums: dict[str, torch.Tensor]) -> None:
-        """Add sums over tokens, of all processes, to those since the last log."""
-        stacked = torch.stack([value.detach().float().to(self.args.device) for value in sums.values()])
-        totals = self.accelerator.gather(stacked[None]).sum(0).tolist()
-        collected = self._token_sums["train" if self.model.training else "eval"]
-        for name, total in zip(sums, totals, strict=True):
-            collected[name] = collected.get(name, 0.0) + total
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As in TRL; means over tokens are exact over all micro-batches since the last log."""
-        mode = "train" if self.model.training else "eval"
-        collected, self._token_sums[mode] = self._token_sums[mode], {}
-        number = collected.pop("num_tokens", 0.0)
-        for name, total in collected.items():
-            self._metrics[mode][name] = [total / max(number, 1.0)]
-        super().log(logs, start_time)

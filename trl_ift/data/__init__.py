@@ -1,0 +1,24 @@
+"""From dataset to dataset: samples of a model, triples from scored responses."""
+
+from importlib import import_module
+from typing import Any
+
+
+# Public name -> module; imported on first use
+_NAMES = {
+    "build_triples": "triples",
+    "generate_completions": "generation",
+    "load_completions": "generation",
+    "model_fingerprint": "generation",
+}
+__all__ = list(_NAMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _NAMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_NAMES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_NAMES])

@@ -1,0 +1,128 @@
+"""Extra columns and extra branches of preference batches: how a method declares them, and how they are collated."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..trl_internals import DataCollatorForPreference, pad
+
+
+@dataclass(frozen=True)
+class Column:
+    """A number per row that the loss reads, e.g. a weight or a soft label.
+
+    Attributes:
+        name: Column of the dataset, and key of `PreferenceBatch.columns`.
+        low: Smallest value allowed.
+        high: Largest value allowed.
+        required: Whether the dataset must have it.
+    """
+
+    name: str
+    low: float = -math.inf
+    high: float = math.inf
+    required: bool = False
+
+    def check(self, value: Any, where: str) -> None:
+        """Raise unless `value` is a finite number in the range."""
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise TypeError(
+                f"{where}: column '{self.name}' must hold numbers, found {value!r} ({type(value).__name__}). Fill or drop the "
+                "row."
+            )
+        if not (self.low <= value <= self.high) or math.isinf(value):
+            low = "-inf" if math.isinf(self.low) else f"{self.low:g}"
+            high = "inf" if math.isinf(self.high) else f"{self.high:g}"
+            raise ValueError(
+                f"{where}: column '{self.name}' holds {value}, expected a finite number in [{low}, {high}]. Correct or drop "
+                "the row."
+            )
+
+
+WEIGHT = Column("weight", low=0.0)
+
+
+@dataclass(frozen=True)
+class Branch:
+    """Responses beside chosen and rejected: scored by the policy in the same forward pass.
+
+    Attributes:
+        name: Key of `PreferenceBatch.branches`.
+        column: Text column with one response to the row's own prompt (a string or a list of messages); `None` if the
+            trainer attaches tokenized rows itself.
+        aliases: Other names that the column may have.
+    """
+
+    name: str
+    column: str | None = None
+    aliases: tuple[str, ...] = ()
+
+    @property
+    def rows_column(self) -> str:
+        """Column of the prepared dataset: a list of `{"prompt_ids", "completion_ids"}`, and `"ref_logps"` if stored."""
+        return f"{self.name}_rows"
+
+    def source(self, row: Any) -> str | None:
+        """Name of the text column in `row`, or `None`."""
+        return next((name for name in (self.column, *self.aliases) if name is not None and name in row), None)
+
+
+# What `collate` adds to a batch for a branch, each under `<branch>_<suffix>`
+BRANCH_KEYS = ("input_ids", "attention_mask", "completion_mask", "pair", "ref_logps")
+
+
+@dataclass
+class PreferenceCollator(DataCollatorForPreference):
+    """[`~trl.trainer.dpo_trainer.DataCollatorForPreference`] with the extra columns and branches of a method.
+
+    Beside TRL's keys, a batch of B pairs holds each extra column, shape (B,), and for each branch of N rows
+    `<branch>_input_ids`, `<branch>_attention_mask`, `<branch>_completion_mask`, all (N, T), `<branch>_pair`, the index of
+    the pair a row belongs to, (N,), and `<branch>_ref_logps`, (N,), where they are stored.
+
+    Raises:
+        TypeError, ValueError: A value of an extra column is no number or out of its range.
+    """
+
+    columns: tuple[Column, ...] = ()
+    branches: tuple[Branch, ...] = ()
+
+    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = super().torch_call(examples)
+        for column in self.columns:
+            if column.name in examples[0]:
+                values = [example[column.name] for example in examples]
+                for value in values:
+                    column.check(value, "the batch")
+                batch[column.name] = torch.tensor(values, dtype=torch.float32)
+        for branch in self.branches:
+            if branch.rows_column in examples[0]:
+                batch |= self._collate_branch(branch, examples)
+        return batch
+
+    def _collate_branch(self, branch: Branch, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        rows = [(pair, row) for pair, example in enumerate(examples) for row in example[branch.rows_column]]
+        window = slice(None)
+        if self.max_length is not None:
+            window = (
+                slice(None, self.max_length) if self.truncation_mode == "keep_start" else slice(-self.max_length, None)
+            )
+        ids, masks = [], []
+        for _, row in rows:
+            prompt, completion = row["prompt_ids"], row["completion_ids"]
+            ids.append(torch.tensor([*prompt, *completion][window]))
+            masks.append(torch.tensor([*[0] * len(prompt), *[1] * len(completion)][window]))
+        pair = torch.tensor([pair for pair, _ in rows], dtype=torch.long)
+        if rows:
+            multiple = self.pad_to_multiple_of
+            values = {
+                "input_ids": pad(ids, self.pad_token_id, "right", multiple),
+                "attention_mask": pad([torch.ones_like(row) for row in ids], 0, "right", multiple),
+                "completion_mask": pad(masks, 0, "right", multiple),
+            }
+        else:
+            values = dict.fromkeys(BRANCH_KEYS[:3], torch.zeros(0, 1, dtype=torch.long))
+        if rows and rows[0][1].get("ref_logps") is not None:
+            values["ref_logps"] = torch.tensor([row["ref_logps"] for _, row in rows], dtype=torch.float32)
+        return {f"{branch.name}_{key}": value for key, value in {**values, "pair": pair}.items()}

@@ -1,0 +1,809 @@
+r"""The base of the preference methods, on [`~trl.DPOTrainer`]: the forward pass, the reference, the metrics.
+
+A method declares what it needs beside chosen and rejected and gives one loss a pair:
+
+    class FooTrainer(PreferenceTrainer):
+        config_class, method = FooConfig, "foo"
+        columns = (Column("label_prob", low=0, high=1),)     # numbers of a row
+        branches = (Branch("gold", column="reference"),)     # responses beside chosen and rejected
+
+        def pair_loss(self, batch):                          # shape (B,)
+            return -F.logsigmoid(self.beta * batch.margins)
+
+        def branch_terms(self, batch):                       # summands with a normalisation of their own
+            gold = batch.branches["gold"]
+            yield Term(-gold.logps.sum(), "gold", "token", weight=self.args.foo_alpha)
+
+Without a `pair_loss` of its own it is DPO with TRL's losses (`loss_type`), weights, and the right reference:
+https://huggingface.co/papers/2305.18290.
+"""
+
+import copy
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate.utils import is_peft_model
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+from datasets.fingerprint import Hasher
+from peft import PeftConfig, PeftModel
+from transformers import (
+    BitsAndBytesConfig,
+    DataCollator,
+    EvalPrediction,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+    TrainerCallback,
+)
+from transformers.utils import logging
+from trl import DPOConfig, DPOTrainer
+from trl.data_utils import is_conversational
+
+from ..checks import check_choice, check_peft, check_preference_dataset, check_range, check_unused
+from ..extension import ExtensionConfig, ExtensionTrainer
+from ..hub.card import library_versions
+from ..trl_internals import (
+    TRL_PAIR_LOSSES,
+    FusedCausalLMOutput,
+    FusedTap,
+    common_prefix_length,
+    dpo_compute_loss,
+    dpo_construction,
+    forget_fused_head,
+    global_then_local_main_first,
+    keep_4bit_trainable_on_cpu,
+    share_cache_folder,
+    tokenize,
+)
+from .collator import BRANCH_KEYS, WEIGHT, Branch, Column, PreferenceCollator
+
+
+_REF_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
+# Options that only TRL's own losses read
+_LOSS_OPTIONS = (
+    "loss_type", "loss_weights", "f_divergence_type", "f_alpha_divergence_coef", "label_smoothing", "use_weighting",
+    "discopop_tau",
+)  # fmt: skip
+_REFERENCE_OPTIONS = (
+    "precompute_ref_log_probs", "precompute_ref_batch_size", "sync_ref_model", "ref_model_mixup_alpha",
+    "ref_model_sync_steps",
+)  # fmt: skip
+# Largest mean log-ratio, in nats a token, of a policy that has not been trained: rounding
+_REFERENCE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.05}
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass
+class PreferenceConfig(ExtensionConfig, DPOConfig):
+    """
+    Configuration class for the [`PreferenceTrainer`].
+
+    The options are those of [`~trl.DPOConfig`]. A method's own config subclasses this one.
+    """
+
+    def __post_init__(self):
+        check_range("beta", self.beta, 0, low_open=True)
+        check_range("label_smoothing", self.label_smoothing, 0, 1)
+        if self.ld_alpha is not None:
+            check_range("ld_alpha", self.ld_alpha, 0, 1)
+        self._check_loss_type()
+        super().__post_init__()
+
+    def _check_loss_type(self) -> None:
+        for loss_type in [self.loss_type] if isinstance(self.loss_type, str) else self.loss_type:
+            check_choice("loss_type", loss_type, TRL_PAIR_LOSSES)
+
+    def _refuse_loss_options(self, *used: str) -> None:
+        """Refuse options that only TRL's losses read, but for those that the method uses too."""
+        check_unused(self, [name for name in _LOSS_OPTIONS if name not in used], "on this method's loss")
+
+    def _refuse_reference_options(self) -> None:
+        check_unused(self, _REFERENCE_OPTIONS, "without a reference model")
+
+
+@dataclass(frozen=True)
+class Responses:
+    """N responses of one kind, scored by the policy (with gradient) and by the reference (without).
+
+    Attributes:
+        logps: Log-probability of each response, summed over its tokens, float32, shape (N,). With `ld_alpha`, the tokens
+            of a pair beyond its shorter response count `ld_alpha` times, as in TRL.
+        token_logps: Log-probability of each token, 0 outside the response, shape (N, T-1).
+        mask: Whether a position predicts a token of the response, shape (N, T-1).
+        lengths: Number of tokens, shape (N,).
+        ref_logps: As `logps` under the reference; `None` without one.
+        ref_token_logps: As `token_logps`, when the reference runs beside the policy (not with stored log-probs).
+        entropy: Entropy of each prediction in nats, 0 outside the response, shape (N, T-1).
+        is_top1: Whether a token is the likeliest one, shape (N, T-1).
+        pair: Index of the pair that each response belongs to, shape (N,).
+    """
+
+    logps: torch.Tensor
+    token_logps: torch.Tensor
+    mask: torch.Tensor
+    lengths: torch.Tensor
+    entropy: torch.Tensor
+    is_top1: torch.Tensor
+    pair: torch.Tensor
+    ref_logps: torch.Tensor | None = None
+    ref_token_logps: torch.Tensor | None = None
+
+    @property
+    def logratios(self) -> torch.Tensor:
+        """log pi - log ref, shape (N,); log pi without a reference."""
+        return self.logps if self.ref_logps is None else self.logps - self.ref_logps
+
+    @property
+    def mean_logps(self) -> torch.Tensor:
+        """Mean log-probability per token, shape (N,); 0 for a response without tokens."""
+        return self.logps / self.lengths.clamp(min=1)
+
+
+@dataclass(frozen=True)
+class PreferenceBatch:
+    """What a loss sees of a batch of B pairs.
+
+    Attributes:
+        chosen: The B chosen responses.
+        rejected: The B rejected responses.
+        branches: Other responses by the name of their branch; a branch that the batch lacks is missing.
+        columns: Extra columns by name, each (B,); a column that the dataset lacks is missing.
+    """
+
+    chosen: Responses
+    rejected: Responses
+    branches: Mapping[str, Responses]
+    columns: Mapping[str, torch.Tensor]
+
+    @property
+    def margins(self) -> torch.Tensor:
+        """Log-ratio of chosen minus log-ratio of rejected, shape (B,)."""
+        return self.chosen.logratios - self.rejected.logratios
+
+
+@dataclass(frozen=True)
+class Term:
+    """A summand of the loss with a normalisation of its own: `weight * total / count`.
+
+    The count is taken over all micro-batches of the optimizer step and all processes, so that the gradient does not depend
+    on how the step was split.
+
+    Attributes:
+        total: Sum over the micro-batch, a scalar.
+        branch: `"chosen"`, `"rejected"`, or a branch, whose responses are counted.
+        per: What is counted: `"token"`, `"row"`, or `"batch token"`, the tokens of the micro-batch alone.
+        weight: Factor.
+    """
+
+    total: torch.Tensor
+    branch: str
+    per: str
+    weight: float = 1.0
+
+
+def sequence_logps(token_logps: torch.Tensor, mask: torch.Tensor, ld_alpha: float | None = None) -> torch.Tensor:
+    """Sum token log-probabilities, shape (2B, T-1), chosen first, into (2B,).
+
+    With `ld_alpha` (LD-DPO, https://huggingface.co/papers/2409.06411) the tokens beyond the shorter response of a pair are
+    multiplied by it.
+    """
+    if ld_alpha is None:
+        return token_logps.sum(1)
+    chosen, rejected = mask.sum(1).chunk(2)
+    shared = torch.minimum(chosen, rejected).repeat(2)[:, None]
+    position = mask.cumsum(1)
+    return (token_logps * torch.where(position <= shared, 1.0, ld_alpha)).sum(1)
+
+
+class _PairTap(FusedTap):
+    """Runs all branches in the forward pass of the pairs, keeps its output, and shows TRL's loss the pairs alone."""
+
+    def __init__(self, model: torch.nn.Module, branches: dict[str, dict[str, torch.Tensor]], weight: Any):
+        super().__init__(model)
+        self.branches = branches
+        self.weight = weight
+
+    def __call__(self, *args, **kwargs):
+        if not kwargs.get("fused_lm_head") or self.output is not None:
+            return self.model(*args, **kwargs)
+        rows, width = kwargs["input_ids"].shape
+        if not self.branches:
+            self.output = self.model(*args, **kwargs)
+            return self.output
+        joint = max(width, *(branch["input_ids"].size(1) for branch in self.branches.values()))
+        for key, padding in (("input_ids", 0), ("attention_mask", 0), ("labels", -100)):
+            parts = [kwargs[key], *(branch[key] for branch in self.branches.values())]
+            kwargs[key] = torch.cat([F.pad(part, (0, joint - part.size(1)), value=padding) for part in parts])
+        # The branches may be wider, on the right (on the left are the virtual tokens of prompt learning)
+        excess = joint - width
+        self.output = self.model(*args, **kwargs)
+        pairs = {
+            name: value[:rows, : value.size(1) - excess]
+            if isinstance(value, torch.Tensor) and value.dim() == 2
+            else value
+            for name, value in self.output.items()
+        }
+        return FusedCausalLMOutput(**pairs)
+
+    def pair_mean(self, per_sequence_loss: torch.Tensor, loss_type: str) -> torch.Tensor:
+        """Mean over the pairs of one of TRL's losses, weighted; called from TRL's loss function."""
+        if self.weight is None:
+            return per_sequence_loss.mean()
+        if loss_type == "sft":  # one mean over the chosen tokens of the batch
+            chosen = slice(self.weight.size(0))
+            log_probs = self.weight[:, None] * self.output.log_probs[chosen]
+            return -log_probs[self.output.label_mask[chosen]].mean()
+        return (self.weight * per_sequence_loss).mean()
+
+
+class PreferenceTrainer(ExtensionTrainer, DPOTrainer):
+    """[`~trl.DPOTrainer`] with row weights, extra columns and branches, the right reference, and the library's checks.
+
+    The constructor takes the arguments of [`~trl.DPOTrainer`]. Beside `prompt`, `chosen`, `rejected`, a dataset may have
+    `weight` (float >= 0: the loss of a pair is multiplied by it before the mean over the pairs) and `ref_chosen_logps`,
+    `ref_rejected_logps` (summed log-probabilities of a reference of your own, used in place of a reference model).
+
+    A model that is passed in memory is its own reference, as it is: TRL would load `model.config._name_or_path` again,
+    which is another model once this one has been trained.
+
+    Attributes:
+        columns: Numbers per row that the method reads; declared by subclasses.
+        branches: Responses beside chosen and rejected; declared by subclasses.
+        uses_reference: Whether the loss reads reference log-probabilities.
+        stores_reference: Whether they are always computed before training, so that no reference model is kept.
+    """
+
+    config_class: type = PreferenceConfig
+    method = "dpo"
+    card_options: tuple[str, ...] = ("loss_type", "beta")
+    columns: tuple[Column, ...] = ()
+    branches: tuple[Branch, ...] = ()
+    uses_reference = True
+    stores_reference = False
+    data_collator: Any
+    _precompute_model_hash: Any
+    # TRL projects prompt and padding too, on a CPU; the tests of exact equality switch this off
+    _labelled_positions_only = True
+
+    _tag_names = ["trl", "trl-ift", "dpo"]  # noqa: RUF012
+    _name = "DPO"
+    _paper = DPOTrainer._paper
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | PeftModel,
+        ref_model: PreTrainedModel | None = None,
+        args: PreferenceConfig | None = None,
+        data_collator: DataCollator | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset
+        | IterableDataset
+        | DatasetDict
+        | IterableDatasetDict
+        | dict[str, Dataset | IterableDataset]
+        | None = None,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
+        compute_metrics: Callable[[EvalPrediction], dict] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        quantization_config: BitsAndBytesConfig | None = None,
+        peft_config: PeftConfig | None = None,
+    ):
+        args = self._own_config(args, model)
+        self._declare(args)
+        name = type(self).__name__
+        self._check_source(args, model, processing_class, quantization_config)
+        check_peft(peft_config, model, name, prompt_learning=True)
+        if ref_model is not None and not self.uses_reference:
+            raise ValueError(f"`ref_model` has no effect: {name} does not compare with a reference model. Drop it.")
+        stored = self._check_datasets(args, train_dataset, eval_dataset)
+        if stored and ref_model is not None:
+            raise ValueError(
+                f"The dataset holds reference log-probabilities ({', '.join(_REF_COLUMNS)}) and a `ref_model` was passed. Drop "
+                "one of the two."
+            )
+        if isinstance(model, torch.nn.Module):
+            keep_4bit_trainable_on_cpu(model)
+
+        self._stored_reference = stored
+        self._reference_is_gone = False
+        # With these TRL keeps no reference model, and asks `_precompute_ref_logps` for the values
+        without_model = args.precompute_ref_log_probs or self.stores_reference or stored or not self.uses_reference
+        # Virtual tokens are no neutral start: with new ones the reference is the model without them
+        new_prompt = getattr(peft_config, "is_prompt_learning", False)
+        self._reference_is_start = self.uses_reference and not stored and ref_model is None and not new_prompt
+        if ref_model is None and not without_model and not isinstance(model, str):
+            ref_model = _reference_copy(model, args, peft_config)
+
+        asked_for, args.precompute_ref_log_probs = args.precompute_ref_log_probs, without_model
+        try:
+            with dpo_construction(self._labelled_positions_only, hash_weights=self.uses_reference and not stored):
+                super().__init__(
+                    model=model,
+                    ref_model=ref_model,
+                    args=args,
+                    data_collator=data_collator,
+                    train_dataset=train_dataset,
+                    eval_dataset=eval_dataset,
+                    processing_class=processing_class,
+                    compute_metrics=compute_metrics,
+                    callbacks=callbacks,
+                    optimizers=optimizers,
+                    quantization_config=quantization_config,
+                    peft_config=peft_config,
+                )
+        finally:
+            args.precompute_ref_log_probs = asked_for
+        self.precompute_ref_logps = without_model and self.uses_reference
+        no_adapter = stored or self.stores_reference or not self.uses_reference
+        if no_adapter and "ref" in getattr(self.model, "peft_config", {}):
+            self.model.delete_adapter("ref")  # TRL's copy of an existing adapter, which is not needed any more
+            self._reference_is_gone = self.uses_reference
+        self._reference_checked = False
+        self._step_counts: dict[str, dict[str, torch.Tensor]] | None = None
+        if self._has_own_loss:
+            self.loss_types: list[str] = []  # TRL computes reference and metrics, the loss is ours
+            self.loss_weights: list[float] = []
+        if data_collator is None:
+            options = {
+                field: getattr(self.data_collator, field)
+                for field in ("pad_token_id", "max_length", "truncation_mode", "pad_to_multiple_of")
+            }
+            self.data_collator = PreferenceCollator(**options, columns=self._all_columns, branches=self.branches)
+
+    # ---------------------------------------------------------------- what a method overrides
+
+    def _declare(self, args: Any) -> None:
+        """Hook: set `branches`, `columns` or `uses_reference` where they depend on the config. Runs before all else."""
+
+    def pair_loss(self, batch: PreferenceBatch) -> torch.Tensor:
+        """Loss of each pair, shape (B,); weights and the mean over the pairs follow. Here: TRL's losses are used."""
+        raise NotImplementedError
+
+    def branch_terms(self, batch: PreferenceBatch) -> Iterable[Term]:
+        """Summands of the loss with a normalisation of their own. Here: none."""
+        return ()
+
+    def implicit_rewards(self, batch: PreferenceBatch) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Rewards of chosen and rejected for the metrics `rewards/*`, each (B,); `None` for TRL's beta * log-ratio."""
+        return None
+
+    @property
+    def _has_own_loss(self) -> bool:
+        return type(self).pair_loss is not PreferenceTrainer.pair_loss
+
+    @property
+    def _all_columns(self) -> tuple[Column, ...]:
+        return (WEIGHT, *self.columns)
+
+    # ---------------------------------------------------------------- data
+
+    def _check_datasets(self, args: Any, train_dataset: Any, eval_dataset: Any) -> bool:
+        """Check all datasets; return whether they bring reference log-probabilities."""
+        if train_dataset is None:
+            raise ValueError("`train_dataset` is required")
+        if not isinstance(train_dataset, Dataset | IterableDataset):
+            raise TypeError(
+                f"`train_dataset` must be a `Dataset` or `IterableDataset`, got `{type(train_dataset).__name__}`."
+            )
+        named = {"train_dataset": train_dataset}
+        if isinstance(eval_dataset, dict):
+            named |= {f"eval_dataset[{key!r}]": dataset for key, dataset in eval_dataset.items()}
+        elif eval_dataset is not None:
+            named["eval_dataset"] = eval_dataset
+        stored = self.uses_reference and _REF_COLUMNS[0] in next(iter(train_dataset), {})
+        for name, dataset in named.items():
+            self._check_dataset(args, dataset, name, stored)
+        return stored
+
+    def _check_dataset(self, args: Any, dataset: Any, name: str, stored: bool) -> None:
+        columns = [*self._all_columns, *(Column(column) for column in _REF_COLUMNS if stored)]
+        check_preference_dataset(dataset, name, columns, self.branches)
+        row = next(iter(dataset))
+        if stored and _REF_COLUMNS[0] not in row:
+            raise ValueError(
+                f"`{name}` lacks the columns {_REF_COLUMNS} that `train_dataset` has. Add them, or drop them there so that the "
+                "trainer computes them."
+            )
+        if WEIGHT.name in row and any(loss.startswith("aot") for loss in args.loss_type):
+            raise ValueError(
+                "The losses 'aot' and 'aot_unpaired' sort the log-ratios of a batch, so that pairs have no losses of their "
+                "own: they cannot be combined with the column 'weight'. Drop one of the two."
+            )
+
+    def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
+        prepared, kept = self._prepare_rows(dataset, processing_class, args, dataset_name)
+        if isinstance(dataset, Dataset):
+            _report_dropped(dataset, prepared, kept, dataset_name, args)
+        else:  # an endless stream of untrainable rows must not hang the check
+            _, probe = self._prepare_rows(dataset.take(1000), processing_class, args, dataset_name)
+            if next(iter(probe), None) is None:
+                raise ValueError(_NO_ROWS.format(name=dataset_name, max_length=args.max_length))
+        return kept
+
+    def _prepare_rows(self, dataset, processing_class, args, dataset_name):
+        """Return the tokenized dataset, and the same without the rows that cannot be trained."""
+        prepared = dataset
+        if "prompt_ids" not in next(iter(dataset)):
+            prepared = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+        implicit_prompt = "prompt" not in next(iter(dataset))
+        with global_then_local_main_first():
+            for branch in self.branches:
+                prepared = self._tokenize_branch(prepared, branch, implicit_prompt, processing_class, args)
+            return prepared, prepared.filter(
+                _trainable, fn_kwargs={"branches": [b.rows_column for b in self.branches]}
+            )
+
+    def _tokenize_branch(self, dataset, branch: Branch, implicit_prompt: bool, processing_class, args):
+        row = next(iter(dataset))
+        if branch.rows_column in row or branch.column is None:
+            return dataset
+        if f"{branch.column}_ids" in row:  # tokenized by TRL
+            return dataset.map(_rows_from_ids, fn_kwargs={"branch": branch})
+        options = {"num_proc": args.dataset_num_proc} if isinstance(dataset, Dataset) else {}
+        return dataset.map(
+            tokenize_response,
+            fn_kwargs={
+                "branch": branch,
+                "source": branch.source(row),
+                "implicit_prompt": implicit_prompt,
+                "processing_class": processing_class,
+                "eos_token": self._tokenizer.eos_token,
+            },
+            **options,
+        )
+
+    def _set_signature_columns_if_needed(self):
+        super()._set_signature_columns_if_needed()
+        own = [*(column.name for column in self._all_columns), *(branch.rows_column for branch in self.branches)]
+        self._signature_columns += [name for name in own if name not in self._signature_columns]
+
+    # ---------------------------------------------------------------- reference
+
+    def _precompute_ref_logps(self, dataset, name, batch_size):
+        if not self.uses_reference:
+            return dataset
+        if isinstance(dataset, Dataset) and set(_REF_COLUMNS) <= set(dataset.column_names):
+            return dataset
+        if self._stored_reference:
+            if isinstance(dataset, IterableDataset):
+                return dataset  # checked on its first row
+            raise ValueError(
+                f"The {name} dataset lacks the columns {_REF_COLUMNS}, and the reference that they were computed with for the "
+                "training data is not known. Add them."
+            )
+        if self._reference_is_gone:
+            raise ValueError(
+                f"Cannot compute reference log-probs for the {name} dataset: the adapter that training started from is no "
+                "longer in memory. Provide the dataset as `eval_dataset` to the constructor."
+            )
+        saved, training = self._precompute_model_hash, self.model.training
+        # All that the values depend on beside the weights and the data
+        device = self.args.device.type
+        options = [self.ld_alpha, self.args.max_length, self.args.truncation_mode, self.args.bf16, self.args.fp16]
+        self._precompute_model_hash = Hasher.hash((saved, options, str(self.model.dtype), device, library_versions()))
+        self.model.eval()
+        if self.accelerator.num_processes > 1 and isinstance(dataset, Dataset):
+            share_cache_folder(dataset)
+        try:
+            return super()._precompute_ref_logps(dataset, name, batch_size)
+        finally:
+            self._precompute_model_hash = saved
+            self.model.train(training)
+
+    def compute_ref_log_probs(self, model, inputs):
+        return super().compute_ref_log_probs(model, self._split(inputs)[0])
+
+    def _check_first_rewards(self, num_tokens: torch.Tensor) -> None:
+        """Raise if the untrained policy does not agree with its reference."""
+        args = self.args
+        if not args.disable_dropout or args.neftune_noise_alpha is not None:
+            return
+        half = args.bf16 or args.fp16
+        tolerance = _REFERENCE_TOLERANCE.get(self.model.dtype if not half else torch.bfloat16, 0.05)
+        rewards = [self._metrics["train"][f"rewards/{kind}"][-1] for kind in ("chosen", "rejected")]
+        drift = max(abs(reward) for reward in rewards) / self.beta
+        if drift > tolerance * max(1.0, num_tokens.item()):
+            raise ValueError(
+                f"The reference is not the model that is being trained: before the first step their log-probabilities differ "
+                f"by {drift:.3g} nats a response on average, expected 0. (An adapter whose initialisation changes the base "
+                "model, a reference loaded from another place.) Pass the reference you mean as `ref_model`, or as the columns "
+                f"{_REF_COLUMNS}."
+            )
+
+    # ---------------------------------------------------------------- evaluation
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        """As in TRL, with the checks of the constructor."""
+        if eval_dataset is not None and not isinstance(eval_dataset, str):
+            named = eval_dataset if isinstance(eval_dataset, dict) else {metric_key_prefix: eval_dataset}
+            for name, dataset in named.items():
+                self._check_dataset(self.args, dataset, f"{name} dataset", self._stored_reference)
+        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+
+    def predict(self, test_dataset, ignore_keys=None, metric_key_prefix="test"):
+        """As in transformers; a raw dataset is prepared as `evaluate` prepares it."""
+        if "input_ids" not in next(iter(test_dataset)) and "prompt_ids" not in next(iter(test_dataset)):
+            self._check_dataset(self.args, test_dataset, "test_dataset", self._stored_reference)
+            test_dataset = self._prepare_dataset(test_dataset, self.processing_class, self.args, metric_key_prefix)
+            if self.precompute_ref_logps:
+                if self.ref_model is None and not is_peft_model(self.model) and self.state.global_step > 0:
+                    raise ValueError(
+                        "Cannot compute reference log-probs for a dataset passed to `predict()` after training has started: "
+                        "the reference is no longer in memory. Provide it as `eval_dataset`, or add the columns "
+                        f"{_REF_COLUMNS}."
+                    )
+                batch_size = self.args.precompute_ref_batch_size or self.args.per_device_eval_batch_size
+                test_dataset = self._precompute_ref_logps(test_dataset, metric_key_prefix, batch_size)
+        return super().predict(test_dataset, ignore_keys, metric_key_prefix)
+
+    # ---------------------------------------------------------------- loss
+
+    def _split(self, inputs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Split a batch into what TRL knows and what is ours."""
+        own = {column.name for column in self._all_columns}
+        own |= {f"{branch.name}_{key}" for branch in self.branches for key in BRANCH_KEYS}
+        return (
+            {key: value for key, value in inputs.items() if key not in own},
+            {key: value for key, value in inputs.items() if key in own},
+        )
+
+    @property
+    def _counts_steps(self) -> bool:
+        return type(self).branch_terms is not PreferenceTrainer.branch_terms
+
+    def _counts(self, inputs: dict[str, Any]) -> dict[str, dict[str, torch.Tensor]]:
+        """Rows and tokens of each kind of response in a batch."""
+        chosen, rejected = inputs["completion_mask"].chunk(2)
+        masks = {"chosen": chosen, "rejected": rejected}
+        for branch in self.branches:
+            if f"{branch.name}_completion_mask" in inputs:
+                masks[branch.name] = inputs[f"{branch.name}_completion_mask"]
+        return {
+            name: {"row": torch.tensor(mask.size(0), device=mask.device), "token": (mask[:, 1:] != 0).sum()}
+            for name, mask in masks.items()
+        }
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """As in TRL; counts the rows and tokens of the optimizer step for `branch_terms`."""
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self._counts_steps and batches:
+            counts = [self._counts(batch) for batch in batches]
+            names = ["chosen", "rejected", *(branch.name for branch in self.branches)]
+            zero = {"row": torch.zeros(()), "token": torch.zeros(())}
+            totals = torch.stack(
+                [
+                    torch.stack([count.get(name, zero)[per].to(device, torch.long) for count in counts]).sum()
+                    for name in names
+                    for per in ("row", "token")
+                ]
+            )
+            if self.args.average_tokens_across_devices and self.accelerator.num_processes > 1:
+                totals = self.accelerator.gather(totals[None]).sum(0) // self._tp_size
+            self._step_counts = {
+                name: {"row": totals[2 * i], "token": totals[2 * i + 1]} for i, name in enumerate(names)
+            }
+        return batches, num_items
+
+    def _value(self, term: Term, inputs: dict[str, Any]) -> torch.Tensor:
+        """Value of a term in the loss of a micro-batch, which is averaged over micro-batches and processes later."""
+        local = self._counts(inputs)[term.branch]
+        factor = 1
+        if term.per == "batch token":
+            count = local["token"]
+        elif self.model.training and self._step_counts is not None:
+            count = self._step_counts[term.branch][term.per]
+            factor = self.current_gradient_accumulation_steps
+            if self.args.average_tokens_across_devices:
+                factor *= self.accelerator.num_processes // self._tp_size
+        else:
+            count = local[term.per]
+        return term.weight * term.total * (factor / count.clamp(min=1).to(term.total.device))
+
+    def _compute_loss(self, model, inputs, return_outputs):
+        mode = "train" if self.model.training else "eval"
+        pairs, extra = self._split(inputs)
+        branches = self._branch_inputs(extra)
+        ref_token_logps = None
+        if not self.uses_reference:
+            zeros = torch.zeros(pairs["input_ids"].size(0) // 2, device=pairs["input_ids"].device)
+            pairs |= dict.fromkeys(_REF_COLUMNS, zeros)
+        elif not self.precompute_ref_logps and self._has_own_loss:
+            ref_tap = FusedTap(self.ref_model or self.model)
+            pairs |= zip(_REF_COLUMNS, self.compute_ref_log_probs(ref_tap, pairs), strict=True)
+            ref_token_logps = ref_tap.output.log_probs
+
+        tap = _PairTap(model, branches, extra.get(WEIGHT.name))
+        with self._reference_in_batch(_REF_COLUMNS[0] in pairs):
+            base = dpo_compute_loss(self, tap, pairs, return_outputs)
+        loss = base[0] if return_outputs else base
+        if mode == "train" and not self._reference_checked:
+            self._reference_checked = True
+            if self._reference_is_start and self.state.global_step == 0:
+                self._check_first_rewards((pairs["completion_mask"] != 0).sum() / pairs["input_ids"].size(0))
+
+        if self._has_own_loss or self._counts_steps:
+            batch = self._batch(tap.output, pairs, extra, ref_token_logps)
+            if self._has_own_loss:
+                losses = self.pair_loss(batch)
+                loss = loss + (losses if tap.weight is None else losses * tap.weight).mean()
+            for term in self.branch_terms(batch):
+                loss = loss + self._value(term, inputs)
+            rewards = self.implicit_rewards(batch)
+            if rewards is not None:
+                self._log_rewards(mode, *rewards)
+        if tap.weight is not None:
+            self._record_mean("weights/mean", tap.weight.sum(), tap.weight.numel())
+        # On every process, though some may have no row of a branch: it gathers
+        masks = [mask for branch in self.branches if (mask := extra.get(f"{branch.name}_attention_mask")) is not None]
+        if masks and mode == "train":
+            tokens = torch.stack([mask.sum() for mask in masks]).sum()
+            self._total_train_tokens += int(self.accelerator.gather(tokens).sum()) // self._tp_size
+            self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
+        return (loss, base[1]) if return_outputs else loss
+
+    @contextmanager
+    def _reference_in_batch(self, in_batch: bool) -> Iterator[None]:
+        """While TRL's loss runs: whether it finds the reference log-probs in the batch."""
+        saved, self.precompute_ref_logps = self.precompute_ref_logps, in_batch
+        try:
+            yield
+        finally:
+            self.precompute_ref_logps = saved
+
+    def _branch_inputs(self, extra: dict[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
+        """Model inputs of the branches that have rows in this batch."""
+        found = {}
+        for branch in self.branches:
+            ids = extra.get(f"{branch.name}_input_ids")
+            if ids is not None and ids.size(0) > 0:
+                labels = ids.masked_fill(extra[f"{branch.name}_completion_mask"] == 0, -100)
+                mask = extra[f"{branch.name}_attention_mask"]
+                found[branch.name] = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+        return found
+
+    def _batch(self, output, pairs, extra, ref_token_logps) -> PreferenceBatch:
+        """Sort the rows of the forward pass out."""
+        widths = [extra[key].size(1) for b in self.branches if (key := f"{b.name}_input_ids") in extra]
+        width = max([pairs["input_ids"].size(1), *widths]) - 1  # without the virtual tokens of prompt learning
+        token_logps, mask = output.log_probs[:, -width:], output.label_mask[:, -width:]
+        number = pairs["input_ids"].size(0) // 2
+        device = token_logps.device
+
+        def responses(start: int, stop: int, logps=None, ref_logps=None, pair=None, ref_token_logps=None) -> Responses:
+            rows = slice(start, stop)
+            return Responses(
+                logps=token_logps[rows].sum(1) if logps is None else logps,
+                token_logps=token_logps[rows],
+                mask=mask[rows],
+                lengths=mask[rows].sum(1),
+                entropy=output.entropy[rows, -width:].detach(),
+                is_top1=output.is_top1[rows, -width:],
+                pair=torch.arange(number, device=device) if pair is None else pair.to(device),
+                ref_logps=None if ref_logps is None else ref_logps.to(device),
+                ref_token_logps=ref_token_logps,
+            )
+
+        pair_logps = sequence_logps(token_logps[: 2 * number], mask[: 2 * number], self.ld_alpha).chunk(2)
+        ref_logps = [pairs[name] if self.uses_reference else None for name in _REF_COLUMNS]
+        ref_tokens = [None, None]
+        if ref_token_logps is not None:  # of the pairs alone, which may be narrower
+            own = pairs["input_ids"].size(1) - 1
+            ref_tokens = F.pad(ref_token_logps[:, -own:], (0, width - own)).chunk(2)
+        chosen, rejected = (
+            responses(i * number, (i + 1) * number, pair_logps[i], ref_logps[i], ref_token_logps=ref_tokens[i])
+            for i in range(2)
+        )
+        branches, start = {}, 2 * number
+        for branch in self.branches:
+            if (pair := extra.get(f"{branch.name}_pair")) is not None:
+                stop = start + pair.size(0)
+                stored = extra.get(f"{branch.name}_ref_logps")
+                branches[branch.name] = responses(start, stop, ref_logps=stored, pair=pair)
+                start = stop
+        columns = {c.name: extra[c.name].to(device) for c in self._all_columns if c.name in extra}
+        return PreferenceBatch(chosen, rejected, branches, columns)
+
+    def _log_rewards(self, mode: str, chosen: torch.Tensor, rejected: torch.Tensor) -> None:
+        """Put the method's rewards in the place of TRL's."""
+        both = self.accelerator.gather(torch.stack([chosen, rejected], 1).detach())
+        chosen, rejected = both[:, 0], both[:, 1]
+        found = {"chosen": chosen, "rejected": rejected, "margins": chosen - rejected,
+                 "accuracies": (chosen > rejected).float()}  # fmt: skip
+        for name, values in found.items():
+            self._metrics[mode][f"rewards/{name}"][-1] = values.mean().item()
+
+
+# ---------------------------------------------------------------- rows
+
+_NO_ROWS = (
+    "No row of the {name} dataset can be trained: chosen and rejected are equal or empty in all of them, or their prompts fill "
+    "`max_length={max_length}`. Check the columns, or raise `max_length`."
+)
+
+
+def _reference_copy(model: torch.nn.Module, args: Any, peft_config: Any) -> torch.nn.Module | None:
+    """A copy of a model in memory as its own reference; `None` where TRL needs none, or has to load it (ZeRO-3)."""
+    if is_peft_model(model) or peft_config is not None:
+        return None
+    if args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3:
+        return None
+    reference = copy.deepcopy(model)
+    forget_fused_head(reference)
+    logger.info("The reference is a copy of the model as it was passed, not the model of its `name_or_path`.")
+    return reference.requires_grad_(False).eval()
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else "".join(str(message.get("content") or "") for message in value)
+
+
+def _rows_from_ids(row: dict[str, Any], branch: Branch) -> dict[str, Any]:
+    return {branch.rows_column: [{"prompt_ids": row["prompt_ids"], "completion_ids": row[f"{branch.column}_ids"]}]}
+
+
+def tokenize_response(
+    row: dict[str, Any], branch: Branch, source: str, implicit_prompt: bool, processing_class: Any, eos_token: str
+) -> dict[str, Any]:
+    """Tokenize the response of a branch as TRL tokenizes chosen and rejected."""
+    prompt, response = row["prompt"], row[source]
+    if implicit_prompt:  # every response repeats it
+        if response[: len(prompt)] != prompt:
+            raise ValueError(
+                f"A response in the column '{source}' does not begin with the prompt that chosen and rejected share. Add a "
+                "column 'prompt', or let all responses repeat the same prompt."
+            )
+        response = response[len(prompt) :]
+    if _text(response).strip() == "":
+        return {branch.rows_column: [{"prompt_ids": row["prompt_ids"], "completion_ids": []}]}
+    options: dict[str, Any] = {}
+    if is_conversational({"prompt": prompt}):
+        tools = row.get("tools")
+        tools = json.loads(tools) if isinstance(tools, str) else tools
+        options = {"tools": tools, **(row.get("chat_template_kwargs") or {})}
+        prompt_ids = tokenize(processing_class, prompt, add_generation_prompt=True, **options)["input_ids"]
+    else:
+        prompt_ids = tokenize(processing_class, prompt)["input_ids"]
+        response = response if response.endswith(eos_token) else response + eos_token
+    ids = tokenize(processing_class, prompt + response, **options)["input_ids"]
+    start = common_prefix_length(prompt_ids, ids)
+    return {branch.rows_column: [{"prompt_ids": ids[:start], "completion_ids": ids[start:]}]}
+
+
+def _why_dropped(row: dict[str, Any], branches: list[str]) -> str | None:
+    """Reason why a prepared row cannot be trained, or `None`."""
+    if row["chosen_ids"] == row["rejected_ids"]:
+        return "chosen equals rejected"
+    if not row["chosen_ids"] or not row["rejected_ids"]:
+        return "chosen or rejected has no tokens"
+    if "chosen" in row and _text(row["chosen"]).strip() == "":
+        return "chosen is empty"
+    if any(name in row and not all(r["completion_ids"] for r in row[name]) for name in branches):
+        return "an extra response is empty"
+    return None
+
+
+def _trainable(row: dict[str, Any], branches: list[str]) -> bool:
+    return _why_dropped(row, branches) is None
+
+
+def _report_dropped(raw: Dataset, prepared: Dataset, kept: Dataset, name: str, args: Any) -> None:
+    reasons: dict[str, int] = {}
+    if len(raw) > len(prepared):
+        reasons[f"the prompt fills `max_length={args.max_length}`"] = len(raw) - len(prepared)
+    if len(kept) < len(prepared):
+        branches = [column for column in prepared.column_names if column.endswith("_rows")]
+        for row in prepared:
+            if reason := _why_dropped(row, branches):
+                reasons[reason] = reasons.get(reason, 0) + 1
+    if not len(kept):
+        raise ValueError(_NO_ROWS.format(name=name, max_length=args.max_length))
+    if reasons:
+        found = ", ".join(f"{number} ({reason})" for reason, number in reasons.items())
+        logger.warning(f"Dropped {sum(reasons.values())} of {len(raw)} rows of the {name} dataset: {found}.")
