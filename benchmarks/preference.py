@@ -7,8 +7,8 @@
 All contenders start from the same model and see the same pairs. A step is what `Trainer.train` does with a collated batch:
 `get_batch_samples`, `training_step` (loss, metrics, backward), AdamW. Times are medians over rounds of the ratio to the first
 contender's step of the same round. The second table has them for each of our trainers beside its counterpart in TRL; the losses
-of the two must agree in the first two steps. Memory is the peak of a process that runs one contender alone. With LoRA all
-contenders of a process share the base weights; without, choose `--contenders` by what fits.
+of the two must agree in the first two steps. While times are taken, all contenders train the same weights (LoRA: adapters of
+their own on the same weights), so that all of them fit. Memory is the peak of a process that runs one contender alone.
 """
 
 import contextlib
@@ -82,7 +82,7 @@ def make_trainer(contender: str, shape: str, args, model):
         more["reg_dataset"] = rows.select_columns(["prompt", "sample"]).rename_column("sample", "completion")
     if contender == "DPO" and not args.lora:
         more["ref_model"] = copy.deepcopy(model)
-    settings = common.training_arguments(args, learning_rate=1e-5, **options)
+    settings = common.training_arguments(args, **options)
     if contender == "CPO":  # it cuts at 512 for `None`
         settings |= {"max_length": args.tokens + 1, "remove_unused_columns": False}
     return trainer(
@@ -95,14 +95,18 @@ def make_trainer(contender: str, shape: str, args, model):
     )
 
 
-def make_step(contender: str, shape: str, args, model=None):
+def make_step(contender: str, shape: str, args, model=None, optimizer=None):
     """Return a function that runs one optimizer step and returns its loss."""
+    import torch
+
     trainer = make_trainer(contender, shape, args, common.make_model(shape, args) if model is None else model)
     if args.checkpointing:
         trainer.model.gradient_checkpointing_enable()
     batch = next(iter(trainer.get_train_dataloader()))
     trainer.current_gradient_accumulation_steps = 1
-    trained, optimizer = trainer.accelerator.prepare(trainer.model, trainer.create_optimizer())
+    trained = trainer.accelerator.prepare(trainer.model)
+    if optimizer is None:
+        optimizer = torch.optim.AdamW([p for p in trained.parameters() if p.requires_grad], lr=1e-5, fused=True)
 
     def step() -> float:
         (inputs,), items = trainer.get_batch_samples(iter([batch]), 1, trainer.args.device)
@@ -126,10 +130,24 @@ def check_losses(losses: dict[str, list[float]], args) -> None:
 
 
 def measure_time(shape: str, args) -> dict[str, list[float]]:
-    first = common.make_model(shape, args)
-    shared = {id(p): p for p in first.parameters()} if args.lora else {}
-    steps = {n: make_step(n, shape, args, copy.deepcopy(first, dict(shared))) for n in args.contenders}
-    check_losses({name: [step(), step()] for name, step in steps.items()}, args)  # the warm-up
+    import torch
+
+    model = common.make_model(shape, args)
+    weights = list(model.parameters())
+    start = [] if args.lora else [weight.detach().clone() for weight in weights]
+    optimizer = None if args.lora else torch.optim.AdamW(weights, lr=1e-5, fused=True)
+    steps, losses = {}, {}
+    for name in args.contenders:
+        shared = copy.deepcopy(model, {id(weight): weight for weight in weights})
+        steps[name] = make_step(name, shape, args, shared, optimizer)
+    for name, step in steps.items():  # the warm-up
+        losses[name] = [step(), step()]
+        with torch.no_grad():
+            for weight, value in zip(weights, start, strict=False):
+                weight.copy_(value)
+        if optimizer is not None:
+            optimizer.state.clear()
+    check_losses(losses, args)
     return common.alternate(steps, args.rounds)
 
 

@@ -32,7 +32,7 @@ RUNS = {
     "DPO": ("dpo", {"beta": 0.1, "precompute_ref_log_probs": True}),
     "MPO, no KL term": ("mpo", {"reg_weight": 0.0}),
     "MPO": ("mpo", {}),
-    "MPO, KL x 4": ("mpo", {"reg_weight": 0.2}),
+    "MPO, reverse KL": ("mpo", {"reg_kl": "reverse"}),
     "TPO": ("tpo", {}),
 }
 

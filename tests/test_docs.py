@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+from datasets import Dataset
 
 
 ROOT = Path(__file__).parent.parent
@@ -16,24 +17,54 @@ BLOCKS = [
 ]
 
 
+def ultrafeedback() -> Dataset:
+    """The columns of `trl-lib/ultrafeedback_binarized`: conversations with an implicit prompt, and scores."""
+    rows = [
+        {
+            side: [{"role": "user", "content": question}, {"role": "assistant", "content": text}]
+            for side, text in (("chosen", answer), ("rejected", answer[::-1]))
+        }
+        for question, answer in tiny.QUESTIONS
+    ]
+    return Dataset.from_list([{**row, "score_chosen": 8.0, "score_rejected": float(i)} for i, row in enumerate(rows)])
+
+
+def triples() -> Dataset:
+    return Dataset.from_list(
+        [
+            {"prompt": question, "reference": f" {answer}", "chosen": f" {answer[:9]}", "rejected": f" {answer[::-1]}"}
+            for question, answer in tiny.QUESTIONS
+        ]
+    )
+
+
+DATASETS = {
+    "trl-lib/tldr": tiny.prompt_completion_data,
+    "trl-lib/ultrafeedback_binarized": ultrafeedback,
+    "tpo-alignment/triple-preference-ultrafeedback-40K": triples,
+}
+
+
 @pytest.mark.parametrize("code", BLOCKS)
 def test_example(code, tmp_path, monkeypatch, tokenizer):
     # `from_pretrained` and `load_dataset` look for a local folder of that name first
     model = tmp_path / "HuggingFaceTB" / "SmolLM2-135M-Instruct"
     tiny.model("llama", tokenizer).save_pretrained(model)
     tokenizer.save_pretrained(model)
-    data = tmp_path / "trl-lib" / "tldr"
-    data.mkdir(parents=True)
-    tiny.prompt_completion_data().to_json(data / "train.jsonl")
+    for name, dataset in DATASETS.items():
+        data = tmp_path / name
+        data.mkdir(parents=True)
+        dataset().to_json(data / "train.jsonl")
     monkeypatch.chdir(tmp_path)
     here = 'use_cpu=True, bf16=False, max_steps=2, report_to="none"'
-    code, changed = re.subn(
+    code, trainings = re.subn(
         r'Config\(output_dir="([\w-]+)"(, push_to_hub=True)?', rf'Config(output_dir="\1", {here}', code
     )
-    assert changed == 1
+    assert trainings == code.count("trainer.train()")
     namespace: dict = {}
-    exec(code, namespace)
-    assert namespace["trainer"].state.global_step == 2
+    exec(code.replace("max_new_tokens=256", "max_new_tokens=8"), namespace)
+    if trainings:
+        assert namespace["trainer"].state.global_step == 2
 
 
 def test_every_relative_link_leads_somewhere():

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+from datasets import Dataset
 
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -22,6 +23,17 @@ def data_dir(tmp_path):
     data.to_json(tmp_path / "data" / "train.jsonl")
     data.select(range(2)).to_json(tmp_path / "data" / "test.jsonl")
     return str(tmp_path / "data")
+
+
+@pytest.fixture
+def pairs_dir(tmp_path):
+    """Triples, which are pairs too."""
+    rows = [
+        {"prompt": question, "reference": f" {answer}", "chosen": f" {answer[:9]}", "rejected": f" {answer[::-1]}"}
+        for question, answer in tiny.QUESTIONS
+    ]
+    Dataset.from_list(rows).to_json(tmp_path / "pairs" / "train.jsonl")
+    return str(tmp_path / "pairs")
 
 
 def _python(example: str, *argv: str, folder: Path) -> subprocess.CompletedProcess:
@@ -50,6 +62,43 @@ def test_ift(tmp_path, model_dir, data_dir):
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
     log = json.loads((tmp_path / "out" / "checkpoint-2" / "trainer_state.json").read_text())["log_history"]
     assert [round(entry["ift/lambda"], 6) for entry in log if "loss" in entry] == [0.2, 0.2]
+
+
+@pytest.mark.slow
+def test_mpo(tmp_path, model_dir, pairs_dir):
+    paths = ["--model_name_or_path", model_dir, "--dataset_name", pairs_dir, "--output_dir", "out"]
+    run = ["--max_steps", "2", "--logging_steps", "1", "--max_new_tokens", "8", "--report_to", "none"]
+    result = _python("mpo.py", *paths, *run, folder=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+    log = json.loads((tmp_path / "out" / "checkpoint-2" / "trainer_state.json").read_text())["log_history"]
+    assert log[0]["rewards/margins"] == pytest.approx(0, abs=1e-4)
+    assert log[0]["mpo/reg_kl"] == pytest.approx(0, abs=1e-3)  # the samples are the starting model's
+
+
+@pytest.mark.slow
+def test_tpo(tmp_path, model_dir, pairs_dir):
+    paths = ["--model_name_or_path", model_dir, "--dataset_name", pairs_dir, "--output_dir", "out"]
+    run = ["--max_steps", "2", "--logging_steps", "1", "--loss_type", "tpo-l", "--report_to", "none"]
+    result = _python("tpo.py", *paths, *run, folder=tmp_path)
+    assert result.returncode == 0, result.stderr
+    log = json.loads((tmp_path / "out" / "checkpoint-2" / "trainer_state.json").read_text())["log_history"]
+    assert all(entry["nll_loss"] > 0 for entry in log if "loss" in entry)
+
+
+def test_mpo_bandit():
+    """MPO ends at its closed form, in which the answer that nobody compared keeps its probability; DPO does not stop."""
+    spec = importlib.util.spec_from_file_location("mpo_bandit", EXAMPLES / "mpo_bandit.py")
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    end = example.train(example.mpo_loss, 1.0, 300)[-1]
+    assert end.tolist() == pytest.approx(example.closed_form(1.0), abs=1e-6)
+    dpo = example.train(example.dpo_loss, 1.0, 300)
+    assert dpo[-1, 2] < 0.1
+    assert dpo[-1, 0] > dpo[150, 0] > dpo[50, 0]
+    assert example.train(example.ipo_loss, 0.1, 300, 0.05)[-1].tolist() == pytest.approx(
+        [0.9184229668, 0.0061882853, 0.0753887480], abs=1e-6
+    )
 
 
 @pytest.mark.slow

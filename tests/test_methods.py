@@ -5,6 +5,7 @@ import math
 from dataclasses import fields
 from pathlib import Path
 
+import datasets
 import pytest
 import tiny
 import torch
@@ -42,6 +43,52 @@ OPTIONS = {
         "ift_freeze_input_embeddings": ({}, True),
         "disable_dropout": ({}, False),
     },
+    "dpo": {
+        "loss_type": ({}, "hinge"),
+        "beta": ({}, 0.5),
+    },
+    "mpo": {
+        "logit_mode": ({}, "length_norm"),
+        "logit_scale": ({}, 0.5),
+        "reg_weight": ({}, 0.3),
+        "reg_kl": ({}, "reverse"),
+        "reg_reduction": ({}, "token_mean"),
+        "log_w_max": ({"reg_kl": "reverse"}, 2.0),
+        "reg_rows_per_pair": ({}, 0.5),
+        "reg_dataset_name": ({}, "samples.jsonl"),
+        "allow_other_policy": ({"allow_other_policy": False}, True),
+        "pretrain_weight": ({}, 0.1),
+        "pretrain_dataset_name": ({"pretrain_weight": 0.1}, "texts.jsonl"),
+    },
+    "tpo": {
+        "loss_type": ({}, "tpo-l"),
+        "beta": ({}, 0.5),
+        "tpo_l_gamma": ({"loss_type": "tpo-l"}, 0.3),
+        "tpo_alpha": ({}, 0.05),
+        "nll_normalization": ({}, "sequence_mean"),
+        "gold_from": ({}, "chosen"),
+    },
+}
+
+
+def mpo_data(settings):
+    data = {"train_dataset": tiny.preference_data()}
+    if "reg_dataset_name" not in settings:
+        samples = tiny.prompt_completion_data().add_column("ref_logps", [-200.0] * 8)
+        if "allow_other_policy" in settings:
+            samples = samples.add_column("policy", ["another model"] * 8)
+        data["reg_dataset"] = samples
+    if "pretrain_weight" in settings and "pretrain_dataset_name" not in settings:
+        data["pretrain_dataset"] = tiny.text_data()
+    return data
+
+
+# What each method trains on: datasets of its trainer, which may depend on the settings
+DATA = {
+    "ift": lambda settings: {"train_dataset": tiny.prompt_completion_data()},
+    "dpo": lambda settings: {"train_dataset": tiny.preference_data()},
+    "mpo": mpo_data,
+    "tpo": lambda settings: {"train_dataset": tiny.triple_data()},
 }
 
 
@@ -53,8 +100,8 @@ def train(method, tmp_path, tokenizer, steps=3, **settings):
             str(tmp_path), use_cpu=True, bf16=False, report_to="none", disable_tqdm=True, logging_steps=1, max_steps=steps,
             per_device_train_batch_size=4, learning_rate=1e-2, overwrite_output_dir=True, **settings,
         ),
-        train_dataset=tiny.prompt_completion_data(),
         processing_class=tokenizer,
+        **DATA[method.name](settings),
         peft_config=LoraConfig(r=2, target_modules="all-linear", lora_dropout=0.3) if "disable_dropout" in settings else None,
     )  # fmt: skip
     trainer.train()
@@ -93,19 +140,32 @@ def test_every_option_is_documented(method):
         assert f"{name} (`" in method.config_class.__doc__, f"{name} is missing in the docstring"
 
 
+def outcome(*args, **settings):
+    try:
+        return trace(train(*args, **settings))
+    except ValueError as error:
+        return str(error)
+
+
 @every_method
-def test_every_option_acts(method, tmp_path, tokenizer):
-    """Changing any option changes the run: nothing is accepted and ignored."""
+def test_every_option_acts(method, tmp_path, tokenizer, monkeypatch):
+    """Changing any option changes the run, or makes it possible: nothing is accepted and ignored."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    tiny.prompt_completion_data().select([0]).to_json("samples.jsonl")
+    tiny.text_data().select([0]).to_json("texts.jsonl")
     options = OPTIONS[method.name]
-    assert list(options) == method.trainer_class.own_options()
+    trainer_class = method.trainer_class
+    assert list(options) == [*trainer_class.card_options, *trainer_class.own_options()]
     for name, (common, value) in options.items():
         default = next(field.default for field in fields(method.config_class) if field.name == name)
         if name == "disable_dropout":
             common = {"disable_dropout": default}
-        plain = train(method, tmp_path, tokenizer, **common)
+        plain = outcome(method, tmp_path, tokenizer, **common)
         changed = train(method, tmp_path, tokenizer, **{**common, name: value})
         assert value != default
-        assert trace(plain) != trace(changed), f"{name}={value!r} changed nothing"
+        assert plain != trace(changed), f"{name}={value!r} changed nothing"
+        assert isinstance(plain, list) or f"`{name}={value}`" in plain
 
 
 @every_method
@@ -127,7 +187,7 @@ def test_checkpoint_and_card(method, tmp_path, tokenizer):
     card = ModelCard.load(tmp_path / "README.md")
     assert card.data.datasets == ["org/data"]
     assert [(r.metric_type, r.metric_value) for r in card.data.eval_results] == [("exact_match", 0.25)]
-    for name in trainer.own_options():
+    for name in (*trainer.card_options, *trainer.own_options()):
         if getattr(trainer.args, name) is not None:
             assert f"`{name}`" in card.text
 
@@ -137,8 +197,8 @@ def test_readme_shows_the_registry():
 
 
 def test_unknown_method():
-    with pytest.raises(ValueError, match="Unknown method 'xyz'. Known methods: ift"):
+    with pytest.raises(ValueError, match="Unknown method 'xyz'. Known methods: ift, "):
         get_method("xyz")
     with pytest.raises(AttributeError, match="has no attribute 'XYZTrainer'"):
         _ = trl_ift.XYZTrainer
-    assert "IFTTrainer" in dir(trl_ift)
+    assert {method.trainer for method in METHODS} <= set(dir(trl_ift))

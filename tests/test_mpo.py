@@ -33,6 +33,7 @@ from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torch.nn.functional import logsigmoid
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from trl_ift import MPOConfig, MPOTrainer
 from trl_ift.data.generation import generate_completions, load_completions, model_fingerprint
@@ -772,12 +773,21 @@ class TestSamples:
         assert logs(trainer)[0]["rewards/chosen"] == pytest.approx(sum(rewards) / 4, rel=1e-5)
 
     def test_tiny_gradient_weight_is_warned_of(self, tmp_path, tokenizer, monkeypatch):
-        messages = message_log(monkeypatch, mpo, "warning_once")
+        """Once, by the mean of the first optimizer step; a pair or two may be saturated."""
+        messages = message_log(monkeypatch, mpo)
+        split = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8, "max_steps": 2}
         trainer_of(tmp_path, tokenizer, max_steps=1).train()
+        trainer_of(tmp_path, tokenizer, logit_mode="reference_free", logit_scale=0.2, **split).train()
         assert messages == []
-        trainer_of(tmp_path, tokenizer, logit_mode="reference_free", logit_scale=20.0).train()
+        trainer_of(tmp_path, tokenizer, logit_mode="reference_free", logit_scale=20.0, **split).train()
         assert len(messages) == 1
         assert "The pairs hardly train: the mean of sigma(z) sigma(-z) is" in messages[0]
+
+    def test_collator_that_loses_the_samples(self, tmp_path, tokenizer):
+        """Not an objective without its KL term."""
+        collator = DataCollatorForPreference(pad_token_id=tokenizer.pad_token_id)
+        with pytest.raises(ValueError, match="`data_collator` .* leaves out 'reg_rows'"):
+            trainer_of(tmp_path, tokenizer, data_collator=collator).train()
 
     def test_evaluation_is_the_preference_term(self, tmp_path, tokenizer):
         trainer = trainer_of(
@@ -854,6 +864,9 @@ class TestPolicy:
             tmp_path, tokenizer, pretrain_weight=0.1, pretrain_dataset_name=str(tmp_path / "texts.jsonl")
         )
         assert len(attached(trainer, "pretrain")) == 8
+        datasets.DatasetDict({"test": reg}).save_to_disk(tmp_path / "test-only")
+        with pytest.raises(ValueError, match="test-only` has no split 'train'; it has: 'test'"):
+            trainer_of(tmp_path, tokenizer, reg_dataset_name=str(tmp_path / "test-only"))
         with pytest.raises(ValueError, match="A dataset was passed and `.*samples.jsonl` is named in the config too"):
             trainer_of(tmp_path, tokenizer, reg_dataset=reg, reg_dataset_name=str(tmp_path / "samples.jsonl"))
 
@@ -962,6 +975,12 @@ class TestBadInput:
                 {"reg_dataset": Dataset.from_list([ROWS[0] | {"ref_logps": 0.5}])},
                 ValueError, "row 0: column 'ref_logps' holds 0.5, expected a finite number in",
             ),
+            (
+                {"reg_weight": 0.0, "reg_kl": "reverse"}, ValueError,
+                "`reg_kl='reverse'` has no effect without a `reg_dataset`",
+            ),
+            ({"reg_weight": 0.0, "reg_rows_per_pair": 2.0}, ValueError, "`reg_rows_per_pair=2.0` has no effect without"),
+            ({"reg_weight": 0.0, "allow_other_policy": True}, ValueError, "`allow_other_policy=True` has no effect"),
             ({"reg_kl": "reverse"}, ValueError, "`reg_kl='reverse'` needs the column 'ref_logps'"),
             ({"pretrain_weight": 0.1}, ValueError, "`pretrain_weight=0.1` and no `pretrain_dataset`"),
             ({"pretrain_dataset": texts()}, ValueError, "`pretrain_weight=0.0` and a `pretrain_dataset`"),

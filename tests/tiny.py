@@ -175,16 +175,6 @@ def conversational_preference_data() -> Dataset:
     )
 
 
-def triple_data() -> Dataset:
-    """Pairs with a third, gold response."""
-    return Dataset.from_list(
-        [
-            {"prompt": question, "reference": f" {answer}", "chosen": f" Well: {answer}", "rejected": f" {rejected}"}
-            for (question, answer), rejected in zip(QUESTIONS, REJECTED, strict=True)
-        ]
-    )
-
-
 # Gold answers to `QUESTIONS`, some much longer and some much shorter than chosen and rejected
 GOLD = [
     "Paris.",

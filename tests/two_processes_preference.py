@@ -61,19 +61,14 @@ class AttachedToy(ToyTrainer):
 
 
 class GradientRecorder(TrainerCallback):
-    """Gradients of the first optimizer step, summed over its micro-batches and averaged over processes."""
+    """Gradients of each optimizer step, summed over its micro-batches and averaged over processes."""
 
     def __init__(self):
-        self.gradients = None
+        self.steps = []
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        if self.gradients is None:
-            module = getattr(model, "module", model)
-            self.gradients = {
-                name: parameter.grad.clone()
-                for name, parameter in module.named_parameters()
-                if parameter.grad is not None
-            }
+        named = getattr(model, "module", model).named_parameters()
+        self.steps.append({name: p.grad.clone() for name, p in named if p.grad is not None})
 
 
 def options(output_dir, **overrides):
@@ -133,7 +128,7 @@ def toy_gradients(cls, model, tokenizer, output_dir, batch_size, accumulation, *
         callbacks=[recorder],
     )  # fmt: skip
     trainer.train()
-    return trainer, recorder.gradients
+    return trainer, recorder.steps[0]
 
 
 # Whole runs: trainer, settings

@@ -191,8 +191,14 @@ def check_preference_dataset(
             f"`{name}` is a vision dataset (column 'image' or 'images'), which is not supported. Drop the column to train "
             "on the text alone, or use `trl.DPOTrainer`."
         )
-    tokenized = {"prompt_ids", "chosen_ids", "rejected_ids"}
-    if not tokenized <= set(row):
+    tokenized = ("prompt_ids", "chosen_ids", "rejected_ids")
+    if set(tokenized) <= set(row):
+        for column in tokenized:
+            if not _is_ids(row[column]):
+                raise TypeError(
+                    f"`{name}`: column '{column}' must hold a list of token ids; the first row has {_kind(row[column])}."
+                )
+    else:
         missing = [column for column in ("chosen", "rejected") if column not in row]
         if missing:
             raise ValueError(
@@ -210,6 +216,11 @@ def check_preference_dataset(
             wanted = " or ".join(map(repr, (branch.column, *branch.aliases)))
             raise ValueError(
                 f"`{name}` lacks the column {wanted} ({branch.name} response); its columns are {sorted(row)}. Rename or add it."
+            )
+        if "prompt_ids" in row and "prompt" not in row:
+            raise ValueError(
+                f"`{name}` is tokenized ('prompt_ids', 'chosen_ids', 'rejected_ids') but for the column '{source}'. Add its "
+                f"token ids as '{branch.column}_ids', or pass the texts."
             )
         _check_same_kind({"chosen": row["chosen"], source: row[source]}, name)
     stored = [column for column in ("ref_chosen_logps", "ref_rejected_logps") if column in row]

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import torch
@@ -27,12 +28,12 @@ class Column:
 
     def check(self, value: Any, where: str) -> None:
         """Raise unless `value` is a finite number in the range."""
-        if isinstance(value, bool) or not isinstance(value, int | float):
+        if isinstance(value, bool) or not isinstance(value, Real):
             raise TypeError(
                 f"{where}: column '{self.name}' must hold numbers, found {value!r} ({type(value).__name__}). Fill or drop the "
                 "row."
             )
-        if not (self.low <= value <= self.high) or math.isinf(value):
+        if not self.low <= float(value) <= self.high or math.isinf(value):
             low = "-inf" if math.isinf(self.low) else f"{self.low:g}"
             high = "inf" if math.isinf(self.high) else f"{self.high:g}"
             raise ValueError(

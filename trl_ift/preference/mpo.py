@@ -278,6 +278,7 @@ class MPOTrainer(PreferenceTrainer):
     ):
         args = self._own_config(args, model)
         self._policies: set[str] = set()
+        self._first_weights: list[float] = []
         self._extra_rows: dict[str, Dataset | None] = {
             "reg": _regularisation_rows(args, _given_or_named(reg_dataset, args.reg_dataset_name)),
             "pretrain": _pretraining_rows(args, _given_or_named(pretrain_dataset, args.pretrain_dataset_name)),
@@ -352,13 +353,19 @@ class MPOTrainer(PreferenceTrainer):
         weight = (probabilities * (1 - probabilities)).sum()
         self._record_mean("mpo/preference_prob", probabilities.sum(), probabilities.numel())
         self._record_mean("mpo/grad_weight", weight, probabilities.numel())
-        if self.model.training and self.state.global_step == 0 and weight / probabilities.numel() < 1e-3:
-            logger.warning_once(
-                f"The pairs hardly train: the mean of sigma(z) sigma(-z) is {weight / probabilities.numel():.1e} at the "
-                f"first step (at most 0.25). Lower `logit_scale` (now {self.args.logit_scale}), or set `logit_mode` to "
-                "'reference' or 'length_norm'."
-            )
+        if self.model.training and self.state.global_step == 0:
+            self._warn_of_tiny_weights((weight / probabilities.numel()).item())
         return mpo_pair_loss(logits, batch.columns.get("label_prob"))
+
+    def _warn_of_tiny_weights(self, weight: float) -> None:
+        """Warn if the pairs of the first optimizer step have hardly any gradient; called for each of its micro-batches."""
+        self._first_weights.append(weight)
+        mean = sum(self._first_weights) / len(self._first_weights)
+        if len(self._first_weights) == self.args.gradient_accumulation_steps and mean < 1e-3:
+            logger.warning(
+                f"The pairs hardly train: the mean of sigma(z) sigma(-z) is {mean:.1e} in the first step (at most 0.25). "
+                f"Lower `logit_scale` (now {self.args.logit_scale}), or set `logit_mode` to 'reference' or 'length_norm'."
+            )
 
     def branch_terms(self, batch: PreferenceBatch) -> Iterator[Term]:
         args = self.args
@@ -390,7 +397,11 @@ def _given_or_named(dataset: Dataset | None, name: str | None) -> Dataset | None
     if dataset is not None:
         raise ValueError(f"A dataset was passed and `{name}` is named in the config too. Drop one of the two.")
     splits = load_named(name)
-    return splits["train"] if isinstance(splits, dict) else splits
+    if "train" not in splits:
+        raise ValueError(
+            f"`{name}` has no split 'train'; it has: {', '.join(map(repr, splits))}. Pass the dataset itself."
+        )
+    return splits["train"]
 
 
 def _regularisation_rows(args: MPOConfig, dataset: Dataset | None) -> Dataset | None:
@@ -400,6 +411,10 @@ def _regularisation_rows(args: MPOConfig, dataset: Dataset | None) -> Dataset | 
                 f"`reg_weight={args.reg_weight}` needs a `reg_dataset`: completions that the starting model sampled (`trl-ift "
                 "generate`). Pass it, name it with `reg_dataset_name`, or set `reg_weight=0` for the preference term alone."
             )
+        idle = ["reg_kl", "log_w_max", "allow_other_policy"]
+        if args.pretrain_weight == 0:
+            idle += ["reg_reduction", "reg_rows_per_pair"]
+        check_unused(args, idle, "without a `reg_dataset`")
         return None
     _check_extra_dataset("reg_dataset", dataset)
     columns = set(dataset.column_names)
@@ -476,7 +491,8 @@ def _regularisation_row(row: dict[str, Any], processing_class: Any, eos_token: s
     branch = Branch("reg", column="completion")
     row = {"prompt_ids": [], **row}
     (ids,) = tokenize_response(row, branch, "completion", False, processing_class, eos_token)[branch.rows_column]
-    if cut and ids["completion_ids"] and not isinstance(row["completion"], str):  # the chat template has closed the turn
+    if cut and ids["completion_ids"] and not isinstance(row["completion"], str):
+        # The chat template has closed the turn
         tools = row.get("tools")
         options = {
             "tools": json.loads(tools) if isinstance(tools, str) else tools,

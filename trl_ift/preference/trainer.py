@@ -356,6 +356,20 @@ class PreferenceTrainer(ExtensionTrainer, DPOTrainer):
                 for field in ("pad_token_id", "max_length", "truncation_mode", "pad_to_multiple_of")
             }
             self.data_collator = PreferenceCollator(**options, columns=self._all_columns, branches=self.branches)
+        else:
+            self._check_collator()
+
+    def _check_collator(self) -> None:
+        """Refuse a collator that loses what the method reads."""
+        row = next(iter(self.train_dataset))
+        batch = self.data_collator([row])
+        wanted = {column.name: column.name for column in self._all_columns}
+        wanted |= {branch.rows_column: f"{branch.name}_input_ids" for branch in self.branches}
+        if lost := [column for column, key in wanted.items() if column in row and key not in batch]:
+            raise ValueError(
+                f"`data_collator` ({type(self.data_collator).__name__}) leaves out {', '.join(map(repr, lost))}, which the "
+                "loss reads. Derive it from `trl_ift.preference.collator.PreferenceCollator`, or drop the columns."
+            )
 
     # ---------------------------------------------------------------- what a method overrides
 
@@ -388,22 +402,26 @@ class PreferenceTrainer(ExtensionTrainer, DPOTrainer):
         """Check all datasets; return whether they bring reference log-probabilities."""
         if train_dataset is None:
             raise ValueError("`train_dataset` is required")
-        if not isinstance(train_dataset, Dataset | IterableDataset):
-            raise TypeError(
-                f"`train_dataset` must be a `Dataset` or `IterableDataset`, got `{type(train_dataset).__name__}`."
-            )
         named = {"train_dataset": train_dataset}
         if isinstance(eval_dataset, dict):
             named |= {f"eval_dataset[{key!r}]": dataset for key, dataset in eval_dataset.items()}
         elif eval_dataset is not None:
             named["eval_dataset"] = eval_dataset
+        for name, dataset in named.items():
+            if not isinstance(dataset, Dataset | IterableDataset):
+                raise TypeError(f"`{name}` must be a `Dataset` or `IterableDataset`, got `{type(dataset).__name__}`.")
         stored = self.uses_reference and _REF_COLUMNS[0] in next(iter(train_dataset), {})
         for name, dataset in named.items():
             self._check_dataset(args, dataset, name, stored)
+            if self.uses_reference and not stored and _REF_COLUMNS[0] in next(iter(dataset)):
+                raise ValueError(
+                    f"`{name}` has the columns {_REF_COLUMNS} and `train_dataset` lacks them, so that the two would be "
+                    "compared with different references. Add them there, or drop them here."
+                )
         return stored
 
     def _check_dataset(self, args: Any, dataset: Any, name: str, stored: bool) -> None:
-        columns = [*self._all_columns, *(Column(column) for column in _REF_COLUMNS if stored)]
+        columns = [*self._all_columns, *(Column(column) for column in _REF_COLUMNS if self.uses_reference)]
         check_preference_dataset(dataset, name, columns, self.branches)
         row = next(iter(dataset))
         if stored and _REF_COLUMNS[0] not in row:
@@ -420,7 +438,7 @@ class PreferenceTrainer(ExtensionTrainer, DPOTrainer):
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
         prepared, kept = self._prepare_rows(dataset, processing_class, args, dataset_name)
         if isinstance(dataset, Dataset):
-            _report_dropped(dataset, prepared, kept, dataset_name, args)
+            _report_dropped(dataset, prepared, kept, dataset_name, args, self._drop_options(args))
         else:  # an endless stream of untrainable rows must not hang the check
             _, probe = self._prepare_rows(dataset.take(1000), processing_class, args, dataset_name)
             if next(iter(probe), None) is None:
@@ -436,9 +454,15 @@ class PreferenceTrainer(ExtensionTrainer, DPOTrainer):
         with global_then_local_main_first():
             for branch in self.branches:
                 prepared = self._tokenize_branch(prepared, branch, implicit_prompt, processing_class, args)
-            return prepared, prepared.filter(
-                _trainable, fn_kwargs={"branches": [b.rows_column for b in self.branches]}
-            )
+            return prepared, prepared.filter(_trainable, fn_kwargs=self._drop_options(args))
+
+    def _drop_options(self, args) -> dict[str, Any]:
+        """What `_why_dropped` depends on beside the row."""
+        return {
+            "branches": [branch.rows_column for branch in self.branches],
+            "eos_token": self._tokenizer.eos_token,
+            "max_length": args.max_length if args.truncation_mode == "keep_start" else None,
+        }
 
     def _tokenize_branch(self, dataset, branch: Branch, implicit_prompt: bool, processing_class, args):
         row = next(iter(dataset))
@@ -520,27 +544,29 @@ class PreferenceTrainer(ExtensionTrainer, DPOTrainer):
     # ---------------------------------------------------------------- evaluation
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        """As in TRL, with the checks of the constructor."""
+        """As in TRL, with the checks of the constructor; datasets may bring reference log-probabilities."""
+        stored = False
         if eval_dataset is not None and not isinstance(eval_dataset, str):
             named = eval_dataset if isinstance(eval_dataset, dict) else {metric_key_prefix: eval_dataset}
             for name, dataset in named.items():
                 self._check_dataset(self.args, dataset, f"{name} dataset", self._stored_reference)
-        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+            stored = all(_REF_COLUMNS[0] in next(iter(dataset)) for dataset in named.values())
+        with self._reference_in_batch(self.precompute_ref_logps and not stored):  # TRL has none to compute
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     def predict(self, test_dataset, ignore_keys=None, metric_key_prefix="test"):
-        """As in transformers; a raw dataset is prepared as `evaluate` prepares it."""
-        if "input_ids" not in next(iter(test_dataset)) and "prompt_ids" not in next(iter(test_dataset)):
-            self._check_dataset(self.args, test_dataset, "test_dataset", self._stored_reference)
-            test_dataset = self._prepare_dataset(test_dataset, self.processing_class, self.args, metric_key_prefix)
-            if self.precompute_ref_logps:
-                if self.ref_model is None and not is_peft_model(self.model) and self.state.global_step > 0:
-                    raise ValueError(
-                        "Cannot compute reference log-probs for a dataset passed to `predict()` after training has started: "
-                        "the reference is no longer in memory. Provide it as `eval_dataset`, or add the columns "
-                        f"{_REF_COLUMNS}."
-                    )
-                batch_size = self.args.precompute_ref_batch_size or self.args.per_device_eval_batch_size
-                test_dataset = self._precompute_ref_logps(test_dataset, metric_key_prefix, batch_size)
+        """As in transformers; the dataset is prepared as `evaluate` prepares it."""
+        self._check_dataset(self.args, test_dataset, "test_dataset", self._stored_reference)
+        test_dataset = self._prepare_dataset(test_dataset, self.processing_class, self.args, metric_key_prefix)
+        if self.precompute_ref_logps and _REF_COLUMNS[0] not in next(iter(test_dataset)):
+            if self.ref_model is None and not is_peft_model(self.model) and self.state.global_step > 0:
+                raise ValueError(
+                    "Cannot compute reference log-probs for a dataset passed to `predict()` after training has started: "
+                    "the reference is no longer in memory. Provide it as `eval_dataset`, or add the columns "
+                    f"{_REF_COLUMNS}."
+                )
+            batch_size = self.args.precompute_ref_batch_size or self.args.per_device_eval_batch_size
+            test_dataset = self._precompute_ref_logps(test_dataset, metric_key_prefix, batch_size)
         return super().predict(test_dataset, ignore_keys, metric_key_prefix)
 
     # ---------------------------------------------------------------- loss
@@ -614,7 +640,7 @@ class PreferenceTrainer(ExtensionTrainer, DPOTrainer):
         if not self.uses_reference:
             zeros = torch.zeros(pairs["input_ids"].size(0) // 2, device=pairs["input_ids"].device)
             pairs |= dict.fromkeys(_REF_COLUMNS, zeros)
-        elif not self.precompute_ref_logps and self._has_own_loss:
+        elif _REF_COLUMNS[0] not in pairs and self._has_own_loss:
             ref_tap = FusedTap(self.ref_model or self.model)
             pairs |= zip(_REF_COLUMNS, self.compute_ref_log_probs(ref_tap, pairs), strict=True)
             ref_token_logps = ref_tap.output.log_probs
@@ -776,31 +802,34 @@ def tokenize_response(
     return {branch.rows_column: [{"prompt_ids": ids[:start], "completion_ids": ids[start:]}]}
 
 
-def _why_dropped(row: dict[str, Any], branches: list[str]) -> str | None:
+def _why_dropped(row: dict[str, Any], branches: list[str], eos_token: str, max_length: int | None) -> str | None:
     """Reason why a prepared row cannot be trained, or `None`."""
+    if max_length is not None and len(row["prompt_ids"]) >= max_length:  # tokenized before: TRL has not dropped it
+        return f"the prompt fills `max_length={max_length}`"
     if row["chosen_ids"] == row["rejected_ids"]:
         return "chosen equals rejected"
     if not row["chosen_ids"] or not row["rejected_ids"]:
         return "chosen or rejected has no tokens"
-    if "chosen" in row and _text(row["chosen"]).strip() == "":
+    if "chosen" in row and _text(row["chosen"]).removesuffix(eos_token).strip() == "":
         return "chosen is empty"
     if any(name in row and not all(r["completion_ids"] for r in row[name]) for name in branches):
         return "an extra response is empty"
     return None
 
 
-def _trainable(row: dict[str, Any], branches: list[str]) -> bool:
-    return _why_dropped(row, branches) is None
+def _trainable(row: dict[str, Any], **options: Any) -> bool:
+    return _why_dropped(row, **options) is None
 
 
-def _report_dropped(raw: Dataset, prepared: Dataset, kept: Dataset, name: str, args: Any) -> None:
+def _report_dropped(
+    raw: Dataset, prepared: Dataset, kept: Dataset, name: str, args: Any, options: dict[str, Any]
+) -> None:
     reasons: dict[str, int] = {}
     if len(raw) > len(prepared):
         reasons[f"the prompt fills `max_length={args.max_length}`"] = len(raw) - len(prepared)
     if len(kept) < len(prepared):
-        branches = [column for column in prepared.column_names if column.endswith("_rows")]
         for row in prepared:
-            if reason := _why_dropped(row, branches):
+            if reason := _why_dropped(row, **options):
                 reasons[reason] = reasons.get(reason, 0) + 1
     if not len(kept):
         raise ValueError(_NO_ROWS.format(name=name, max_length=args.max_length))
