@@ -140,13 +140,13 @@ def measure_time(shape: str, args) -> dict[str, list[float]]:
     for name in args.contenders:
         shared = copy.deepcopy(model, {id(weight): weight for weight in weights})
         steps[name] = make_step(name, shape, args, shared, optimizer)
-    for name, step in steps.items():  # the warm-up
-        losses[name] = [step(), step()]
+    for name, step in steps.items():  # the warm-up, each from the start
         with torch.no_grad():
             for weight, value in zip(weights, start, strict=False):
                 weight.copy_(value)
         if optimizer is not None:
             optimizer.state.clear()
+        losses[name] = [step(), step()]
     check_losses(losses, args)
     return common.alternate(steps, args.rounds)
 

@@ -11,7 +11,7 @@ from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from test_preference_trainer import quick_collections  # noqa: F401
 from trl import DPOConfig
 from trl.trainer.dpo_trainer import DataCollatorForPreference
-from two_processes_preference import ToyTrainer, options
+from two_processes_preference import ToyTrainer, history, options
 
 from trl_ift.preference import trainer as trainer_module
 from trl_ift.preference.collator import WEIGHT, Column, PreferenceCollator
@@ -30,14 +30,6 @@ def make(tmp_path, model, data="pairs", cls=PreferenceTrainer, **settings):
         train_dataset=tiny.preference_data() if isinstance(data, str) else data,
         **arguments,
     )
-
-
-def entries(trainer):
-    skip = ("runtime", "per_second", "total_flos")
-    return [
-        {key: value for key, value in entry.items() if not any(part in key for part in skip)}
-        for entry in trainer.state.log_history
-    ]
 
 
 def tokenized(tokenizer, data=None):
@@ -111,7 +103,7 @@ class TestStoredReferences:
         for trainer in (computed, given):
             trainer.train()
             trainer.evaluate()
-        assert entries(given) == entries(computed)
+        assert history(given) == history(computed)
         assert passes == [4] * 4
 
     def test_iterable(self, tmp_path, tokenizer, model_dir, passes):
@@ -122,7 +114,7 @@ class TestStoredReferences:
         assert len(passes) == 2
         computed.train()
         given.train()
-        assert [e["loss"] for e in entries(given)[:2]] == [e["loss"] for e in entries(computed)[:2]]
+        assert [e["loss"] for e in history(given)[:2]] == [e["loss"] for e in history(computed)[:2]]
         assert len(passes) == 2
 
     def test_other_values_are_used(self, tmp_path, model_dir):
@@ -342,7 +334,7 @@ class TestTokenized:
             trainer = make(tmp_path, model_dir, data, eval_strategy="steps", eval_steps=2, **settings)
             metrics = trainer.evaluate(data.select([6, 7])) | trainer.predict(data.select([5, 6, 7])).metrics
             trainer.train()
-            found.append((entries(trainer), {k: v for k, v in metrics.items() if k.endswith("loss")}))
+            found.append((history(trainer), {k: v for k, v in metrics.items() if k.endswith("loss")}))
         assert found[0] == found[1]
         assert set(found[0][1]) == {"eval_loss", "test_loss"}
 
@@ -352,7 +344,7 @@ class TestTokenized:
             data = data.to_iterable_dataset() if stream else data
             trainer = make(tmp_path, model_dir, data, ToyTrainer)
             trainer.train()
-            return entries(trainer)
+            return history(trainer)
 
         assert train(tokenized(tokenizer, tiny.triple_data())) == train(tiny.triple_data())
 

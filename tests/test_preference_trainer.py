@@ -28,6 +28,7 @@ from two_processes_preference import (
     SameHead,
     ToyTrainer,
     attached_rows,
+    history,
     options,
     run,
     toy_gradients,
@@ -63,18 +64,6 @@ def make(tmp_path, model, data=None, cls=PreferenceTrainer, **settings):
         train_dataset=tiny.preference_data() if data is None else data,
         **arguments,
     )
-
-
-def history(trainer):
-    skip = {"train_runtime", "train_samples_per_second", "train_steps_per_second", "total_flos"}
-    return [
-        {
-            key: value
-            for key, value in entry.items()
-            if key not in skip and "_runtime" not in key and "_per_second" not in key
-        }
-        for entry in trainer.state.log_history
-    ]
 
 
 @pytest.fixture(scope="module")
@@ -433,6 +422,17 @@ class NoGold(ToyTrainer):
         yield Term(-batch.rejected.logps.sum(), "rejected", "row", -0.01)
 
 
+class Rewarded(ToyTrainer):
+    """The toy with rewards of its own."""
+
+    def implicit_rewards(self, batch):
+        return batch.chosen.mean_logps, batch.rejected.mean_logps - 1
+
+
+class ReferenceFree(ToyTrainer):
+    uses_reference = False
+
+
 class TestMethod:
     """A method with an extra column, an extra branch, a loss of its own and further terms."""
 
@@ -692,6 +692,48 @@ class TestMethod:
         assert toy.evaluate()["eval_loss"] == pytest.approx(
             (3 * losses[0] + 3 * losses[1] + 2 * losses[2]) / 8, rel=1e-5
         )
+
+    def test_rewards(self, tmp_path, tokenizer):
+        data = unequal_triples()
+        trainer = make(
+            tmp_path, tiny.model("llama", tokenizer), data, Rewarded, processing_class=tokenizer, max_steps=1
+        )
+        model = double(trainer.model)
+        trainer.train()
+        chosen, rejected = (
+            torch.stack([naive_logps(model, tokenizer, row["prompt"], row[kind]).mean() for row in data])
+            for kind in ("chosen", "rejected")
+        )
+        entry = trainer.state.log_history[0]
+        assert entry["rewards/chosen"] == pytest.approx(chosen.mean().item(), rel=1e-5)
+        assert entry["rewards/rejected"] == pytest.approx(rejected.mean().item() - 1, rel=1e-5)
+        assert entry["rewards/margins"] == pytest.approx((chosen - rejected).mean().item() + 1, rel=1e-5)
+        assert entry["rewards/accuracies"] == (chosen > rejected - 1).float().mean().item()
+
+    @pytest.mark.parametrize("adapter", [None, "lora", "prompt tuning"])
+    def test_without_a_reference(self, tmp_path, tokenizer, adapter):
+        """None is kept or scored, nor a copy of an adapter; the loss sees none."""
+        model = tiny.model("llama", tokenizer)
+        if adapter == "lora":
+            model = get_peft_model(model, LoraConfig(**LORA, init_lora_weights=False))
+        elif adapter:
+            model = get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+        settings = {"data": tiny.triple_data(), "cls": ReferenceFree, "processing_class": tokenizer}
+        with pytest.raises(ValueError, match="`ref_model` has no effect: ReferenceFree does not compare"):
+            make(tmp_path, model, ref_model=tiny.model("llama", tokenizer), **settings)
+        trainer = make(tmp_path, model, eval_dataset=tiny.triple_data(), **settings)
+        assert trainer.ref_model is None
+        assert "ref" not in getattr(trainer.model, "peft_config", {})
+        trainable = [name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad]
+        calls = []
+        trainer.model.register_forward_pre_hook(lambda *_: calls.append(1))
+        trainer.train()
+        assert len(calls) == 3
+        assert trainer.seen.chosen.ref_logps is None
+        assert torch.equal(trainer.seen.margins, trainer.seen.chosen.logps - trainer.seen.rejected.logps)
+        gradients = loss_and_gradients(trainer, range(4))[1]
+        assert sorted(gradients) == sorted(trainable)
+        assert trainer.evaluate(tiny.triple_data())["eval_loss"] == trainer.evaluate()["eval_loss"]
 
     def test_prompt_tuned_model_keeps_its_reference(self, tmp_path, tokenizer):
         model = get_peft_model(
@@ -993,21 +1035,14 @@ def two(tmp_path_factory, folders):
     return json.loads((folder / "histories.json").read_text()), torch.load(folder / "gradients.pt")
 
 
-def without_timing(entries):
-    return [
-        {key: value for key, value in entry.items() if "runtime" not in key and "per_second" not in key}
-        for entry in entries
-    ]
-
-
 @pytest.mark.slow
 class TestTwoProcesses:
     def test_equals_dpo_trainer(self, two):
         """Bit for bit."""
-        assert without_timing(two[0]["ours"]) == without_timing(two[0]["theirs"])
+        assert history(two[0]["ours"]) == history(two[0]["theirs"])
 
     def test_precomputed_references_of_a_dataset_in_memory(self, two):
-        live, precomputed = (without_timing(two[0][name]) for name in ("ours", "ours precomputed"))
+        live, precomputed = (history(two[0][name]) for name in ("ours", "ours precomputed"))
         for left, right in zip(precomputed, live, strict=True):
             assert left.keys() == right.keys()
             for key in left.keys() - {"rewards/accuracies"}:  # of rewards that are 0 up to rounding

@@ -89,6 +89,15 @@ def options(output_dir, **overrides):
     return defaults | overrides
 
 
+def history(entries):
+    """Logged entries (or a trainer's) without what depends on the clock."""
+    clock = ("runtime", "per_second", "preparation_time", "total_flos")
+    return [
+        {key: value for key, value in entry.items() if not any(part in key for part in clock)}
+        for entry in (entries if isinstance(entries, list) else entries.state.log_history)
+    ]
+
+
 def unequal_triples() -> Dataset:
     """Four triples whose gold responses have very different lengths, with soft labels and weights."""
     rows = tiny.triple_data().select(range(4))

@@ -180,7 +180,11 @@ class LogProbFunction:
     @staticmethod
     def apply(hidden, weight, bias, targets, temperature, chunk_size, softcap, logit_scale, outputs):
         if softcap is None and hidden.device.type == "cpu":
-            return _CPULogProbFunction.apply(hidden, weight, bias, targets, logit_scale / temperature, outputs)
+            # Within a Function gradients are always off, so that it is told whether a backward may follow
+            training = torch.is_grad_enabled()
+            return _CPULogProbFunction.apply(
+                hidden, weight, bias, targets, logit_scale / temperature, outputs, training
+            )
         return ChunkedLogProbFunction.apply(
             hidden, weight, bias, targets, temperature, chunk_size, softcap, logit_scale, outputs
         )
@@ -209,13 +213,13 @@ class _CPULogProbFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, scale: float, outputs: tuple[str, ...]):
+    def forward(ctx, hidden, weight, bias, targets, scale: float, outputs: tuple[str, ...], training: bool):
         ctx.set_materialize_grads(False)
         device_type = hidden.device.type
         dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else hidden.dtype
         number, vocabulary = hidden.size(0), weight.size(0)
         rows = max(1, _CPU_TILE_ELEMENTS // vocabulary)
-        keep = any(ctx.needs_input_grad) and number * vocabulary <= _STORED_ELEMENTS
+        keep = training and any(ctx.needs_input_grad) and number * vocabulary <= _STORED_ELEMENTS
         stored = torch.empty(number if keep else min(rows, number), vocabulary, dtype=torch.float32)
         names = ("log_probs", "log_z", "entropy", "log_sum_sq_probs", "mean_logits")
         values = {name: torch.empty(number, dtype=torch.float32) for name in names}
@@ -288,9 +292,7 @@ class _CPULogProbFunction(torch.autograd.Function):
             None if grad_hidden is None else grad_hidden.to(hidden.dtype),
             None if grad_weight is None else grad_weight.to(weight.dtype),
             None if grad_bias is None else grad_bias.to(bias.dtype),
-            None,
-            None,
-            None,
+            *[None] * 4,
         )
 
 

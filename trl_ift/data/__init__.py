@@ -9,7 +9,7 @@ _NAMES = {
     "build_triples": "triples",
     "generate_completions": "generation",
     "load_completions": "generation",
-    "model_fingerprint": "generation",
+    "model_fingerprint": "fingerprint",
 }
 __all__ = list(_NAMES)
 

@@ -2,7 +2,6 @@
 
 generate_completions   the samples, as a folder of shards and as a dataset; `trl-ift generate` on the command line
 load_completions       reads such a folder back
-model_fingerprint      says which weights made them
 """
 
 import argparse
@@ -32,7 +31,6 @@ from accelerate import PartialState
 from accelerate.utils import is_peft_model
 from datasets import Dataset, Features, IterableDataset, List, Value, load_dataset
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
 from tqdm import tqdm
 from transformers import (
     AutoTokenizer,
@@ -55,6 +53,7 @@ from ..trl_internals import (
     score_labelled_positions_only,
     tokenize,
 )
+from .fingerprint import base_model, model_fingerprint
 
 
 BACKENDS = ("transformers", "vllm")
@@ -279,78 +278,7 @@ def load_completions(folder: str | os.PathLike) -> Dataset:
     return _load_shards(folder, manifest["shards"])
 
 
-# ---------------------------------------------------------------- the fingerprint
-
-
-def model_fingerprint(model: PreTrainedModel | PeftModel) -> str:
-    """
-    Return 16 hex digits that tell the weights of a model from others.
-
-    The same weights have the same fingerprint in float32 and bfloat16, with tied or copied embeddings, and under a PEFT
-    adapter that does nothing yet (or is disabled); training changes it. Of several adapters the active ones count. At most
-    4096 elements of each parameter are looked at; quantized weights count as they are stored.
-    """
-    entries, matrices = [], set()
-    for name, parameter in _active_parameters(model):
-        entry = (tuple(parameter.shape), _content_digest(parameter))
-        if parameter.dim() > 1:
-            if entry in matrices:
-                continue  # a tied weight that was loaded or saved as a copy
-            matrices.add(entry)
-        entries.append((name, *entry))
-    return hashlib.sha256(repr(sorted(entries)).encode()).hexdigest()[:16]
-
-
-def _active_parameters(model: PreTrainedModel | PeftModel) -> Iterator[tuple[str, torch.Tensor]]:
-    """Parameters that the model computes with, under the names that they have without PEFT."""
-    named = list(_base_of(model).named_parameters())
-    adapters, active = set(), set()
-    if is_peft_model(model):
-        named += [(name, value) for name, value in model.named_parameters() if name.startswith("prompt_encoder.")]
-        adapters = set(model.peft_config)
-        if not _adapters_disabled(model):
-            active = set(model.active_adapters)
-
-    def owner(name: str) -> str | None:
-        return next((part for part in name.split(".") if part in adapters), None)
-
-    replaced = {n.split(".modules_to_save.")[0] for n, _ in named if ".modules_to_save." in n and owner(n) in active}
-    # LoRA adds B A x: nothing while the factor that starts at zero is zero
-    factors = [(n, p) for n, p in named if ".lora_B." in n or ".lora_embedding_A." in n]
-    trained = {(_lora_layer(name), owner(name)) for name, parameter in factors if parameter.any()}
-    idle = {(_lora_layer(name), owner(name)) for name, _ in factors} - trained
-
-    for name, parameter in named:
-        if owner(name) not in {None, *active} or (_lora_layer(name), owner(name)) in idle:
-            continue
-        if ".original_module." in name and name.split(".original_module.")[0] in replaced:
-            continue
-        wrappers = {"base_layer", "original_module", "modules_to_save", *adapters}
-        yield ".".join(part for part in name.split(".") if part not in wrappers), parameter
-
-
-def _lora_layer(name: str) -> str:
-    return name.split(".lora_")[0]
-
-
-def _adapters_disabled(model: PeftModel) -> bool:
-    return any(module.disable_adapters for module in model.modules() if isinstance(module, BaseTunerLayer))
-
-
-def _content_digest(parameter: torch.Tensor) -> str:
-    # An odd stride: it walks through all columns of a matrix of even width
-    stride = -(-parameter.numel() // 4096) | 1
-    sample = parameter.detach().reshape(-1)[::stride]
-    if sample.is_floating_point():
-        sample = sample.to(torch.bfloat16).contiguous().view(torch.int16)  # NumPy has no bfloat16
-    return hashlib.sha256(sample.cpu().numpy().tobytes()).hexdigest()
-
-
 # ---------------------------------------------------------------- model and tokenizer
-
-
-def _base_of(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
-    return model.get_base_model() if is_peft_model(model) else model
 
 
 def _check_model(
@@ -425,7 +353,7 @@ def _load_model(
 
 def _special_ids(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], int]:
     """Return the tokens that end a completion, and one for padding."""
-    configured = _base_of(model).generation_config.eos_token_id
+    configured = base_model(model).generation_config.eos_token_id
     end_ids = {tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])} - {None}
     if not end_ids:
         raise ValueError(
@@ -438,7 +366,7 @@ def _special_ids(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokeni
 
 def _prompt_limit(model: PreTrainedModel | PeftModel, settings: Settings) -> int | None:
     """Most tokens of a prompt, if there is a bound."""
-    context = getattr(_base_of(model).config.get_text_config(), "max_position_embeddings", None)
+    context = getattr(base_model(model).config.get_text_config(), "max_position_embeddings", None)
     if context is None:
         return settings.max_prompt_length
     room = context - settings.max_new_tokens
@@ -453,7 +381,7 @@ def _prompt_limit(model: PreTrainedModel | PeftModel, settings: Settings) -> int
 @contextmanager
 def _lent(model: PreTrainedModel | PeftModel) -> Iterator[None]:
     """Make the model ready to sample and to score, and give it back as it was, with torch's random state."""
-    base = _base_of(model)
+    base = base_model(model)
     keep_4bit_trainable_on_cpu(model)
     modes = [(module, module.training) for module in model.modules()]
     generation_config, forward = base.generation_config, vars(base).get("forward")

@@ -44,7 +44,7 @@ from transformers import (
 from transformers.utils import logging
 
 from ..checks import check_choice, check_range, check_unused
-from ..data.generation import model_fingerprint
+from ..data.fingerprint import model_fingerprint
 from ..scripts.data import load_named
 from ..trl_internals import tokenize
 from .collator import Branch, Column

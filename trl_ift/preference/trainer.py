@@ -41,8 +41,7 @@ from transformers import (
     TrainerCallback,
 )
 from transformers.utils import logging
-from trl import DPOConfig, DPOTrainer
-from trl.data_utils import is_conversational
+from trl import DPOConfig, DPOTrainer, is_conversational
 
 from ..checks import check_choice, check_peft, check_preference_dataset, check_range, check_unused
 from ..extension import ExtensionConfig, ExtensionTrainer
@@ -619,17 +618,14 @@ class PreferenceTrainer(ExtensionTrainer, DPOTrainer):
 
     def _value(self, term: Term, inputs: dict[str, Any]) -> torch.Tensor:
         """Value of a term in the loss of a micro-batch, which is averaged over micro-batches and processes later."""
-        local = self._counts(inputs)[term.branch]
         factor = 1
-        if term.per == "batch token":
-            count = local["token"]
-        elif self.model.training and self._step_counts is not None:
+        if term.per != "batch token" and self.model.training and self._step_counts is not None:
             count = self._step_counts[term.branch][term.per]
             factor = self.current_gradient_accumulation_steps
             if self.args.average_tokens_across_devices:
                 factor *= self.accelerator.num_processes // self._tp_size
         else:
-            count = local[term.per]
+            count = self._counts(inputs)[term.branch][term.per.removeprefix("batch ")]
         return term.weight * term.total * (factor / count.clamp(min=1).to(term.total.device))
 
     def _compute_loss(self, model, inputs, return_outputs):
@@ -740,10 +736,9 @@ class PreferenceTrainer(ExtensionTrainer, DPOTrainer):
         """Put the method's rewards in the place of TRL's."""
         both = self.accelerator.gather(torch.stack([chosen, rejected], 1).detach())
         chosen, rejected = both[:, 0], both[:, 1]
-        found = {"chosen": chosen, "rejected": rejected, "margins": chosen - rejected,
-                 "accuracies": (chosen > rejected).float()}  # fmt: skip
-        for name, values in found.items():
-            self._metrics[mode][f"rewards/{name}"][-1] = values.mean().item()
+        means = torch.stack([chosen, rejected, chosen - rejected, (chosen > rejected).float()]).mean(1).tolist()
+        for name, mean in zip(("chosen", "rejected", "margins", "accuracies"), means, strict=True):
+            self._metrics[mode][f"rewards/{name}"][-1] = mean
 
 
 # ---------------------------------------------------------------- rows

@@ -1,0 +1,79 @@
+"""A name for the weights of a model, so that data sampled from it can be told from that of another."""
+
+import hashlib
+from collections.abc import Iterator
+
+import torch
+from accelerate.utils import is_peft_model
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from transformers import PreTrainedModel
+
+
+def model_fingerprint(model: PreTrainedModel | PeftModel) -> str:
+    """
+    Return 16 hex digits that tell the weights of a model from others.
+
+    The same weights have the same fingerprint in float32 and bfloat16, with tied or copied embeddings, and under a PEFT
+    adapter that does nothing yet (or is disabled); training changes it. Of several adapters the active ones count. At most
+    4096 elements of each parameter are looked at; quantized weights count as they are stored.
+    """
+    entries, matrices = [], set()
+    for name, parameter in _active_parameters(model):
+        entry = (tuple(parameter.shape), _content_digest(parameter))
+        if parameter.dim() > 1:
+            if entry in matrices:
+                continue  # a tied weight that was loaded or saved as a copy
+            matrices.add(entry)
+        entries.append((name, *entry))
+    return hashlib.sha256(repr(sorted(entries)).encode()).hexdigest()[:16]
+
+
+def _active_parameters(model: PreTrainedModel | PeftModel) -> Iterator[tuple[str, torch.Tensor]]:
+    """Parameters that the model computes with, under the names that they have without PEFT."""
+    named = list(base_model(model).named_parameters())
+    adapters, active = set(), set()
+    if is_peft_model(model):
+        named += [(name, value) for name, value in model.named_parameters() if name.startswith("prompt_encoder.")]
+        adapters = set(model.peft_config)
+        if not _adapters_disabled(model):
+            active = set(model.active_adapters)
+
+    def owner(name: str) -> str | None:
+        return next((part for part in name.split(".") if part in adapters), None)
+
+    replaced = {n.split(".modules_to_save.")[0] for n, _ in named if ".modules_to_save." in n and owner(n) in active}
+    # LoRA adds B A x: nothing while the factor that starts at zero is zero
+    factors = [(n, p) for n, p in named if ".lora_B." in n or ".lora_embedding_A." in n]
+    trained = {(_lora_layer(name), owner(name)) for name, parameter in factors if parameter.any()}
+    idle = {(_lora_layer(name), owner(name)) for name, _ in factors} - trained
+
+    for name, parameter in named:
+        if owner(name) not in {None, *active} or (_lora_layer(name), owner(name)) in idle:
+            continue
+        if ".original_module." in name and name.split(".original_module.")[0] in replaced:
+            continue
+        wrappers = {"base_layer", "original_module", "modules_to_save", *adapters}
+        yield ".".join(part for part in name.split(".") if part not in wrappers), parameter
+
+
+def _lora_layer(name: str) -> str:
+    return name.split(".lora_")[0]
+
+
+def _adapters_disabled(model: PeftModel) -> bool:
+    return any(module.disable_adapters for module in model.modules() if isinstance(module, BaseTunerLayer))
+
+
+def _content_digest(parameter: torch.Tensor) -> str:
+    # An odd stride: it walks through all columns of a matrix of even width
+    stride = -(-parameter.numel() // 4096) | 1
+    sample = parameter.detach().reshape(-1)[::stride]
+    if sample.is_floating_point():
+        sample = sample.to(torch.bfloat16).contiguous().view(torch.int16)  # NumPy has no bfloat16
+    return hashlib.sha256(sample.cpu().numpy().tobytes()).hexdigest()
+
+
+def base_model(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    """The model under a PEFT adapter, or the model itself."""
+    return model.get_base_model() if is_peft_model(model) else model
