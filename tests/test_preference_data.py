@@ -13,6 +13,7 @@ from trl import DPOConfig
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from two_processes_preference import ToyTrainer, history, options
 
+from trl_ift.checks import check_preference_dataset
 from trl_ift.preference import trainer as trainer_module
 from trl_ift.preference.collator import WEIGHT, Column, PreferenceCollator
 from trl_ift.preference.trainer import PreferenceConfig, PreferenceTrainer
@@ -575,3 +576,12 @@ class TestBadInput:
         kept = {name: config.to_dict()[name] for name in ("loss_type", "beta", "ld_alpha", "label_smoothing")}
         again = PreferenceConfig(**common, **kept)
         assert (again.loss_type, again.ld_alpha, again.label_smoothing) == (["ipo"], 0.0, 1)
+
+
+def test_a_null_response_is_named(tmp_path):
+    rows = tiny.preference_data().to_list()
+    rows[3]["rejected"] = None
+    with pytest.raises(ValueError, match=r"`train_dataset`, row 3: column 'rejected' is null"):
+        make(tmp_path, NOWHERE, Dataset.from_list(rows))
+    kept = Dataset.from_list(rows).filter(lambda row: row["rejected"] is not None)
+    check_preference_dataset(kept, "train_dataset")

@@ -1,5 +1,7 @@
 """Contracts with the installed TRL: what `trl_internals` relies on, and what it adds."""
 
+import copy
+import dis
 import inspect
 import re
 import subprocess
@@ -12,17 +14,23 @@ import tiny
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-from trl import SFTTrainer
+from trl import DPOConfig, DPOTrainer, SFTTrainer
+from trl.trainer import dpo_trainer
 from trl.trainer.utils import add_fused_lm_head
 
 import trl_ift
+from trl_ift import trl_internals
 from trl_ift.trl_internals import (
     TESTED_TRL,
+    TRL_PAIR_LOSSES,
     ChunkedLogProbFunction,
     FusedTap,
     LMHead,
     LogProbFunction,
     check_trl,
+    dpo_compute_loss,
+    dpo_construction,
+    forget_fused_head,
     keep_4bit_trainable_on_cpu,
     score_labelled_positions_only,
 )
@@ -282,3 +290,81 @@ class Test4BitOnCPU:
         layers = [module for module in model.modules() if isinstance(module, Linear4bit)]
         assert layers
         assert not any(layer.support_avx512bf16_for_cpu for layer in layers)
+
+
+class TestDPO:
+    """What the preference methods take from `DPOTrainer`."""
+
+    def test_the_hook_is_the_only_change(self):
+        def code(function):
+            return [op for op in dis.Bytecode(function) if op.opname not in ("CACHE", "RESUME")]
+
+        names = {op.argval for op in code(dpo_compute_loss)} - {op.argval for op in code(DPOTrainer._compute_loss)}
+        assert "pair_mean" in names
+        assert dpo_compute_loss.__code__.co_firstlineno == DPOTrainer._compute_loss.__code__.co_firstlineno
+        assert dpo_compute_loss.__code__.co_filename == DPOTrainer._compute_loss.__code__.co_filename
+
+    def test_another_loss_function_is_an_import_error(self):
+        def without_the_mean(self, model, inputs, return_outputs):
+            return inputs
+
+        with pytest.raises(ImportError, match=r"occurs 0 times in .*without_the_mean, expected once"):
+            trl_internals._with_pair_mean_hook(without_the_mean)
+
+    def test_every_pair_loss_of_trl_is_known(self):
+        found = set(re.findall(r'loss_type == "(\w+)"', inspect.getsource(DPOTrainer._compute_loss)))
+        assert found == set(TRL_PAIR_LOSSES)
+
+    def test_attributes_the_trainers_read(self, tmp_path, tokenizer):
+        trainer = DPOTrainer(
+            model=tiny.model("llama", tokenizer),
+            ref_model=tiny.model("llama", tokenizer),
+            args=DPOConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none"),
+            train_dataset=tiny.preference_data(),
+            processing_class=tokenizer,
+        )
+        for name in (
+            "precompute_ref_logps", "ref_model", "beta", "ld_alpha", "loss_types", "loss_weights", "_metrics", "_tokenizer",
+            "_total_train_tokens", "_tp_size", "_precompute_model_hash", "aux_loss_enabled",
+        ):  # fmt: skip
+            assert hasattr(trainer, name), name
+
+    def test_names_are_put_back(self):
+        before = (dpo_trainer.add_fused_lm_head, dpo_trainer.hash_module)
+        with pytest.raises(RuntimeError), dpo_construction(hash_weights=False):
+            assert dpo_trainer.add_fused_lm_head is not before[0]
+            assert dpo_trainer.hash_module(None) == ""
+            raise RuntimeError
+        assert (dpo_trainer.add_fused_lm_head, dpo_trainer.hash_module) == before
+
+    def test_a_copy_of_a_patched_model_runs_its_own_weights(self, tokenizer):
+        model = tiny.model("llama", tokenizer)
+        ids = torch.arange(8)[None]
+        add_fused_lm_head(model)
+        copied = copy.deepcopy(model)
+        forget_fused_head(copied)
+        with torch.no_grad():
+            before = copied(ids).logits
+            for parameter in model.parameters():
+                parameter.zero_()
+            assert torch.equal(copied(ids).logits, before)
+            assert not torch.equal(model(ids).logits, before)
+
+    def test_nothing_is_kept_without_gradients(self, monkeypatch):
+        """Reference passes and evaluation do not store the probabilities for a backward that never comes."""
+        sizes = []
+        empty = torch.empty
+
+        def recorded(*shape, **options):
+            sizes.append(shape)
+            return empty(*shape, **options)
+
+        hidden, weight = torch.randn(64, 8), torch.randn(50, 8, requires_grad=True)
+        monkeypatch.setattr(trl_internals, "_CPU_TILE_ELEMENTS", 500)  # ten rows
+        monkeypatch.setattr(torch, "empty", recorded)
+        arguments = (hidden, weight, None, torch.zeros(64, dtype=torch.long), 1.0, 0, None, 1.0, ("log_probs",))
+        with torch.no_grad():
+            trl_internals.LogProbFunction.apply(*arguments)
+        assert (64, 50) not in sizes
+        trl_internals.LogProbFunction.apply(*arguments)
+        assert (64, 50) in sizes

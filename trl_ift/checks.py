@@ -208,6 +208,8 @@ def check_preference_dataset(
             )
         texts = {column: row[column] for column in ("prompt", "chosen", "rejected") if column in row}
         _check_same_kind(texts, name)
+        for column in texts:
+            _check_no_nulls(dataset, name, column)
     for branch in branches:
         if branch.column is None or branch.rows_column in row or f"{branch.column}_ids" in row:
             continue
@@ -222,7 +224,7 @@ def check_preference_dataset(
                 f"`{name}` is tokenized ('prompt_ids', 'chosen_ids', 'rejected_ids') but for the column '{source}'. Add its "
                 f"token ids as '{branch.column}_ids', or pass the texts."
             )
-        _check_same_kind({"chosen": row["chosen"], source: row[source]}, name)
+        _check_same_kind({column: row[column] for column in ("prompt", "chosen", source) if column in row}, name)
     stored = [column for column in ("ref_chosen_logps", "ref_rejected_logps") if column in row]
     if len(stored) == 1:
         raise ValueError(
@@ -239,6 +241,18 @@ def check_preference_dataset(
                 column.check(value, f"`{name}`, row {index}")
         else:
             column.check(row[column.name], f"`{name}`, first row")
+
+
+def _check_no_nulls(dataset: Any, name: str, column: str) -> None:
+    """Raise if a column of a map-style dataset has a null."""
+    if not hasattr(dataset, "num_rows") or not dataset.data.column(column).null_count:
+        return
+    for index, value in enumerate(dataset.with_format(None)[column]):  # the table may hold rows that were filtered out
+        if value is None:
+            raise ValueError(
+                f"`{name}`, row {index}: column '{column}' is null. Fill it, or drop such rows: `dataset.filter(lambda row: "
+                f"row[{column!r}] is not None)`."
+            )
 
 
 def _check_same_kind(texts: Mapping[str, Any], name: str) -> None:

@@ -464,8 +464,8 @@ class PreferenceTrainer(ExtensionTrainer, DPOTrainer):
         }
 
     def _tokenize_branch(self, dataset, branch: Branch, implicit_prompt: bool, processing_class, args):
-        row = next(iter(dataset))
-        if branch.rows_column in row or branch.column is None:
+        row = next(iter(dataset), None)
+        if row is None or branch.rows_column in row or branch.column is None:
             return dataset
         if f"{branch.column}_ids" in row:  # tokenized by TRL
             return dataset.map(_rows_from_ids, fn_kwargs={"branch": branch})
@@ -762,7 +762,7 @@ def _reference_copy(model: torch.nn.Module, args: Any, peft_config: Any) -> torc
 
 
 def _text(value: Any) -> str:
-    return value if isinstance(value, str) else "".join(str(message.get("content") or "") for message in value)
+    return value if isinstance(value, str) else "".join(str(message.get("content") or "") for message in value or [])
 
 
 def _rows_from_ids(row: dict[str, Any], branch: Branch) -> dict[str, Any]:
@@ -774,7 +774,7 @@ def tokenize_response(
 ) -> dict[str, Any]:
     """Tokenize the response of a branch as TRL tokenizes chosen and rejected."""
     prompt, response = row["prompt"], row[source]
-    if implicit_prompt:  # every response repeats it
+    if implicit_prompt and response:  # every response repeats it
         if response[: len(prompt)] != prompt:
             raise ValueError(
                 f"A response in the column '{source}' does not begin with the prompt that chosen and rejected share. Add a "
