@@ -248,10 +248,10 @@ def report(args) -> None:
                 spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
                 cells.append(f"{statistics.mean(values):.3f}{spread}")
             print(f"| {name} | {len(finals)} | " + " | ".join(cells) + " |")
-    plot(results, output / "curves.png")
+    plot(results, start, output / "curves.png")
 
 
-def plot(results: dict[str, list[dict]], path: Path) -> None:
+def plot(results: dict[str, list[dict]], start: dict[str, float], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -262,8 +262,9 @@ def plot(results: dict[str, list[dict]], path: Path) -> None:
     figure, axes = plt.subplots(1, 4, figsize=(18, 4))
     for number, name in enumerate(name for name in RUNS if name in results):
         for axis, (column, _) in zip(axes, panels, strict=True):
-            curves = [[point[column] for point in result["curve"]] for result in results[name]]
-            steps = [point["step"] for point in results[name][0]["curve"]]
+            origin = [] if column == "accuracy" else [{"step": 0, **start}]  # nothing has gained before the first step
+            curves = [[point[column] for point in [*origin, *result["curve"]]] for result in results[name]]
+            steps = [point["step"] for point in [*origin, *results[name][0]["curve"]]]
             for curve in curves:
                 axis.plot(steps, curve, color=f"C{number}", alpha=0.25, linewidth=1)
             axis.plot(

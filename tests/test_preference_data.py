@@ -314,6 +314,11 @@ class TestDroppedRows:
         with pytest.raises(ValueError, match=f"No row of the {name} dataset can be trained: .* equal or empty"):
             make(tmp_path, model_dir, data, **settings)
 
+    def test_streams_cannot_be_precomputed(self, tmp_path, model_dir):
+        data = tiny.preference_data().to_iterable_dataset()
+        with pytest.raises(ValueError, match="`precompute_ref_log_probs=True` is not supported with IterableDataset"):
+            make(tmp_path, model_dir, data, precompute_ref_log_probs=True)
+
     def test_streams(self, tmp_path, model_dir):
         rows = tiny.preference_data().to_list()
         rows[0]["rejected"] = rows[0]["chosen"]

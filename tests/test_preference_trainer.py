@@ -642,6 +642,26 @@ class TestMethod:
         assert trainer.state.log_history[0]["loss"] == pytest.approx(expected.item(), rel=1e-5)
         assert_gradients_close(recorder.steps[0], gradients_of(twins[0]), 2e-5)
 
+    @pytest.mark.parametrize("data", ["standard", "implicit", "conversational", "tools"])
+    def test_branches_are_tokenized_like_pairs(self, tmp_path, tokenizer, data):
+        """A gold response that repeats the chosen one has its tokens."""
+        rows = {
+            "standard": tiny.triple_data, "implicit": tiny.implicit_triple_data,
+        }.get(data, tiny.conversational_triple_data)().to_list()  # fmt: skip
+        tool = {"type": "function", "function": {"name": "add", "description": "Add.", "parameters": {}}}
+        for row in rows:
+            row["reference"] = row["chosen"]
+            if data == "tools":
+                row |= {"tools": json.dumps([tool]), "chat_template_kwargs": {"enable_thinking": False}}
+        trainer = make(
+            tmp_path, tiny.model("llama", tokenizer), Dataset.from_list(rows), ToyTrainer, processing_class=tokenizer,
+            dataset_num_proc=2 if data == "standard" else None,
+        )  # fmt: skip
+        for row in trainer.train_dataset:
+            (gold,) = row["gold_rows"]
+            assert gold == {"prompt_ids": row["prompt_ids"], "completion_ids": row["chosen_ids"]}
+        assert data != "tools" or "add" in tokenizer.decode(trainer.train_dataset[0]["prompt_ids"])
+
     @pytest.mark.parametrize("reference", ["live", "explicit", "precomputed"])
     def test_one_forward_a_step(self, tmp_path, tokenizer, reference):
         trainer = make(
@@ -909,6 +929,11 @@ class TestReference:
         assert trainer.ref_model is reference
         rewards = first_rewards(trainer)
         assert min(map(abs, rewards)) > 0.001
+
+    def test_the_model_itself_is_no_reference(self, tmp_path, tokenizer):
+        model = tiny.model("llama", tokenizer)
+        with pytest.raises(ValueError, match="`model` and `ref_model` cannot be the same object"):
+            make(tmp_path, model, ref_model=model, processing_class=tokenizer)
 
     def test_synchronised_copy(self, tmp_path, tokenizer):
         trainer = make(
