@@ -186,6 +186,16 @@ def run(name: str, seed: int, args, model_path: str, triples, samples, rows, sta
     return {"name": name, "seed": seed, "curve": curve.points, "seconds": seconds, "log": log}
 
 
+def check_settings(path: Path, args) -> None:
+    """Raise if the finished runs in the folder were made with other settings."""
+    choices = ("output", "runs", "seeds", "threads", "report")
+    settings = {name: value for name, value in vars(args).items() if name not in choices}
+    found = json.loads(path.read_text()) if path.exists() else settings
+    if found != settings:
+        raise ValueError(f"{path} was made with {found}, this run has {settings}. Choose another --output.")
+    path.write_text(json.dumps(settings))
+
+
 def train_all(args) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -200,6 +210,7 @@ def train_all(args) -> None:
         model_path = str(packaged_model())
     output = Path(args.output)
     (output / "runs").mkdir(parents=True, exist_ok=True)
+    check_settings(output / "settings.json", args)
     tokenizer = AutoTokenizer.from_pretrained(model_path)
     train, test = (
         load_triples(path, args.source, tokenizer, args.max_tokens) for path in (args.scored_train, args.scored_test)

@@ -33,7 +33,12 @@ def main() -> None:
         bf16=torch.accelerator.is_available(),
     )
     script_args, training_args, model_args = parser.parse_args_and_config()
-    training_args.model_init_kwargs = {"dtype": model_args.dtype}
+    training_args.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        **(training_args.model_init_kwargs or {}),
+    }
 
     # `prompt` and `completion` columns, or `messages`, as for TRL's SFTTrainer
     dataset = load_dataset(script_args.dataset_name, name=script_args.dataset_config)

@@ -8,7 +8,7 @@
     python mpo.py --max_prompts 2000 --max_new_tokens 128 --reg_weight 0.02
     python mpo.py --model_name_or_path ./model --dataset_name ./data --output_dir ./mpo         # from local folders
 
-The samples go to `OUTPUT_DIR/samples`; interrupted, the same command goes on. Every option of `MPOConfig` and
+The samples go to `OUTPUT_DIR/_samples`; interrupted, the same command goes on. Every option of `MPOConfig` and
 `trl.ModelConfig` is a flag (`--help`).
 """
 
@@ -43,7 +43,12 @@ def main() -> None:
         bf16=torch.accelerator.is_available(),
     )
     script_args, sampling_args, training_args, model_args = parser.parse_args_and_config()
-    training_args.model_init_kwargs = {"dtype": model_args.dtype}
+    training_args.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        **(training_args.model_init_kwargs or {}),
+    }
     quantization_config = get_quantization_config(model_args)
 
     dataset = load_dataset(script_args.dataset_name, name=script_args.dataset_config)
@@ -56,10 +61,13 @@ def main() -> None:
         samples = generate_completions(
             model_args.model_name_or_path,
             prompts,
-            str(Path(training_args.output_dir) / "samples"),
+            str(Path(training_args.output_dir) / "_samples"),  # not pushed to the Hub
             max_new_tokens=sampling_args.max_new_tokens,
             seed=training_args.seed,
-            model_init_kwargs={"dtype": model_args.dtype},
+            model_init_kwargs={
+                **training_args.model_init_kwargs,
+                "trust_remote_code": training_args.trust_remote_code,
+            },
             quantization_config=quantization_config,
         )
 

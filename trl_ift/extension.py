@@ -170,7 +170,7 @@ class ExtensionTrainer(_Trainer):
         sums[name] = sums[name] + values if name in sums else values
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As in TRL, with the means that were recorded since the last log."""
+        """As in TRL, with the means recorded since the last log. Call it on all processes: it gathers them."""
         mode = "train" if self.model.training else "eval"
         recorded = self.__dict__.get("_sums", {})
         sums = recorded.get(mode)
@@ -211,7 +211,8 @@ class ExtensionTrainer(_Trainer):
         found: dict[str, float] = {}
         for entry in self.state.log_history:
             found |= {key: value for key, value in entry.items() if re.fullmatch(r"eval_(\w+_)?loss", key)}
-        found.pop("eval_aux_loss", None)
+        for name in ("eval_aux_loss", "eval_nll_loss"):  # parts of the loss, not of other datasets
+            found.pop(name, None)
         for key, value in found.items():
             dataset = getattr(self, "_dataset_name", None) or "evaluation dataset"
             metric, name = "loss", f"{self._name} loss"
@@ -271,7 +272,7 @@ class ExtensionTrainer(_Trainer):
             "base_model_label": source or None,
             "hub_model_id": self.hub_model_id,
             "method_parameters": {
-                name: getattr(args, name)
+                name: _without_folder(getattr(args, name))
                 for name in (*self.card_options, *self.own_options())
                 if getattr(args, name) is not None
             },
@@ -409,6 +410,11 @@ def _eval_result(metric: str, value: float, dataset: str, split: str | None, met
         metric_name=metric_name or metric,
         metric_value=value,
     )
+
+
+def _without_folder(value: Any) -> Any:
+    """The value of an option for a card: of an absolute path its last part only."""
+    return Path(value).name if isinstance(value, str) and os.path.isabs(os.path.expanduser(value)) else value
 
 
 def _adapter_summary(config: Any) -> str:

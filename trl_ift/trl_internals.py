@@ -5,6 +5,7 @@ TRL release moves one of these names, this is the one file to mend.
 """
 
 import dataclasses
+import functools
 import inspect
 import os
 import textwrap
@@ -27,6 +28,7 @@ from trl.data_utils import common_prefix_length
 from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 from trl.scripts.env import print_env
 from trl.trainer import dpo_trainer
+from trl.trainer import utils as trl_utils
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import (
     FusedCausalLMOutput,
@@ -155,6 +157,16 @@ def _fused_forward_of(model: torch.nn.Module) -> Any:
     return forward
 
 
+@functools.cache
+def _compact_globals() -> dict[str, Any]:
+    """Globals of TRL's fused forward in which it scores labelled positions only (`_use_triton` decides), with our head."""
+    return {
+        **vars(trl_utils),
+        "_use_triton": lambda device: True,
+        "_ChunkedLogProbFunction": LogProbFunction,
+    }
+
+
 def score_labelled_positions_only(model: torch.nn.Module) -> None:
     """Make the fused LM head of `model` project only positions that have a label, on every device.
 
@@ -164,10 +176,9 @@ def score_labelled_positions_only(model: torch.nn.Module) -> None:
     TRL's behaviour, because only this instance's forward is rebound.
     """
     fused = _fused_forward_of(model)
-    # TRL decides with the module global `_use_triton` whether to compact; this copy of the same code sees True.
-    replaced = {"_use_triton": lambda device: True, "_ChunkedLogProbFunction": LogProbFunction}
+    # The same code with other globals. One dictionary for all models: torch.compile caches by code.
     compact = types.FunctionType(
-        fused.__code__, {**fused.__globals__, **replaced}, fused.__name__, fused.__defaults__, fused.__closure__
+        fused.__code__, _compact_globals(), fused.__name__, fused.__defaults__, fused.__closure__
     )
     compact.__kwdefaults__ = fused.__kwdefaults__
     compact.__dict__.update(fused.__dict__)
@@ -434,14 +445,11 @@ def share_cache_folder(dataset: Dataset) -> None:
 
 def forget_fused_head(model: torch.nn.Module) -> None:
     """Give a copy of a model that a TRL trainer has patched its own forward back: the patch still runs the original."""
-    forward = vars(model).get("forward")
-    while forward is not None:  # accelerate wraps the patch for mixed precision; its other hooks copy well and stay
-        function = getattr(forward, "__func__", forward)
-        if "final_logit_softcapping" in getattr(getattr(function, "__code__", None), "co_freevars", ()):
-            del model.forward
-            vars(model).pop("_original_forward", None)
-            return
-        forward = getattr(function, "__wrapped__", None)
+    # Patches (and what accelerate makes of them for mixed precision) are bound methods; its other hooks, which are not, copy
+    # well and stay
+    if isinstance(vars(model).get("forward"), types.MethodType):
+        del model.forward
+        vars(model).pop("_original_forward", None)
 
 
 check_trl()

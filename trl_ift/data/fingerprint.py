@@ -10,16 +10,17 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel
 
 
-def model_fingerprint(model: PreTrainedModel | PeftModel) -> str:
+def model_fingerprint(model: PreTrainedModel | PeftModel, with_adapters: bool = True) -> str:
     """
     Return 16 hex digits that tell the weights of a model from others.
 
-    The same weights have the same fingerprint in float32 and bfloat16, with tied or copied embeddings, and under a PEFT
-    adapter that does nothing yet (or is disabled); training changes it. Of several adapters the active ones count. At most
-    4096 elements of each parameter are looked at; quantized weights count as they are stored.
+    The same weights have the same fingerprint in float32 and bfloat16, with tied or copied embeddings, and under a LoRA adapter
+    that does nothing yet (or is disabled); training changes it. Of several adapters the active ones count, and none with
+    `with_adapters=False`; their scaling is not looked at. At most 4096 elements of each parameter are looked at; quantized
+    weights count as they are stored.
     """
     entries, matrices = [], set()
-    for name, parameter in _active_parameters(model):
+    for name, parameter in _active_parameters(model, with_adapters):
         entry = (tuple(parameter.shape), _content_digest(parameter))
         if parameter.dim() > 1:
             if entry in matrices:
@@ -29,14 +30,15 @@ def model_fingerprint(model: PreTrainedModel | PeftModel) -> str:
     return hashlib.sha256(repr(sorted(entries)).encode()).hexdigest()[:16]
 
 
-def _active_parameters(model: PreTrainedModel | PeftModel) -> Iterator[tuple[str, torch.Tensor]]:
+def _active_parameters(model: PreTrainedModel | PeftModel, with_adapters: bool) -> Iterator[tuple[str, torch.Tensor]]:
     """Parameters that the model computes with, under the names that they have without PEFT."""
     named = list(base_model(model).named_parameters())
     adapters, active = set(), set()
     if is_peft_model(model):
-        named += [(name, value) for name, value in model.named_parameters() if name.startswith("prompt_encoder.")]
         adapters = set(model.peft_config)
-        if not _adapters_disabled(model):
+        if with_adapters:
+            named += [(name, value) for name, value in model.named_parameters() if name.startswith("prompt_encoder.")]
+        if with_adapters and not _adapters_disabled(model):
             active = set(model.active_adapters)
 
     def owner(name: str) -> str | None:

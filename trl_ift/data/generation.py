@@ -58,7 +58,7 @@ from .fingerprint import base_model, model_fingerprint
 
 BACKENDS = ("transformers", "vllm")
 _FORMAT = 1
-_MANIFEST = "manifest.json"
+MANIFEST = "manifest.json"
 
 # Samples one completion (token ids, possibly with more behind its EOS) for each prompt (token ids), from a seed
 Sampler = Callable[[list[list[int]], int], list[list[int]]]
@@ -80,6 +80,13 @@ class Settings:
     seed: int
     backend: str
     score: bool
+
+    def off_policy(self) -> str:
+        """What makes the samples draws from another distribution than the model's, e.g. `@top_k=50`; empty if nothing."""
+        neutral = {"temperature": 1, "top_p": 1, "top_k": 0, "repetition_penalty": 1}
+        return "".join(
+            f"@{name}={getattr(self, name):g}" for name, value in neutral.items() if getattr(self, name) != value
+        )
 
     def __post_init__(self):
         for name in ("num_completions", "max_new_tokens", "batch_tokens", "shard_size"):
@@ -182,7 +189,7 @@ def generate_completions(
             end-of-sequence token iff one was generated; `ref_logps`, the log-probability of the completion under the model
             at temperature 1 and without truncation; `num_tokens` of the completion; whether it was `truncated` at
             `max_new_tokens`; `prompt_index`, the row of the prompt in the dataset; `sample_index`; and `policy`, the
-            `model_fingerprint`.
+            `model_fingerprint`, followed by sampling settings that make it another distribution than the model's.
 
     Raises:
         ValueError, TypeError, ImportError: Something in the input is wrong, or `output_dir` holds other completions.
@@ -207,7 +214,10 @@ def generate_completions(
         model = _load_model(model, adapter, init_kwargs, state)
     _check_adapter(model)
     limit = _prompt_limit(model, settings)
-    recorded |= {"policy": model_fingerprint(model), "dtype": str(model.dtype).removeprefix("torch.")}
+    recorded |= {
+        "policy": model_fingerprint(model) + settings.off_policy(),
+        "dtype": str(model.dtype).removeprefix("torch."),
+    }
     _check_folder(folder, recorded)
     if state.is_main_process:
         _claim_folder(folder, {"model": source, "adapter": adapter, "settings": recorded})
@@ -265,9 +275,9 @@ def load_completions(folder: str | os.PathLike) -> Dataset:
         ValueError: The folder holds none, or is not complete.
     """
     folder = Path(folder)
-    if not (folder / _MANIFEST).is_file():
+    if not (folder / MANIFEST).is_file():
         raise ValueError(
-            f"`{folder}` holds no completions: it has no {_MANIFEST}. Give the folder that was `output_dir`."
+            f"`{folder}` holds no completions: it has no {MANIFEST}. Give the folder that was `output_dir`."
         )
     manifest = read_manifest(folder)
     if not manifest.get("complete"):
@@ -735,23 +745,23 @@ def shard_path(folder: Path, shard: int) -> Path:
 
 def read_manifest(folder: str | os.PathLike) -> dict[str, Any]:
     """Return what `manifest.json` says: how the completions were made, whether all are there, and their totals."""
-    return json.loads((Path(folder) / _MANIFEST).read_text(encoding="utf-8"))
+    return json.loads((Path(folder) / MANIFEST).read_text(encoding="utf-8"))
 
 
 def _check_folder(folder: Path, recorded: dict[str, Any]) -> None:
     """Raise if the folder holds data that the shards to come must not be mixed with."""
-    if not (folder / _MANIFEST).is_file():
+    if not (folder / MANIFEST).is_file():
         found = sorted(path.name for path in folder.glob("*.parquet"))
         if found:
             raise ValueError(
-                f"`output_dir='{folder}'` holds data of other origin ({', '.join(found[:3])}; there is no {_MANIFEST}). "
+                f"`output_dir='{folder}'` holds data of other origin ({', '.join(found[:3])}; there is no {MANIFEST}). "
                 "Choose another `output_dir`."
             )
         return
     manifest = read_manifest(folder)
     if manifest.get("format") != _FORMAT:
         raise ValueError(
-            f"`output_dir='{folder}'` holds a {_MANIFEST} that this version of `generate_completions` did not write. Choose "
+            f"`output_dir='{folder}'` holds a {MANIFEST} that this version of `generate_completions` did not write. Choose "
             "another `output_dir`."
         )
     found = manifest["settings"]
@@ -766,7 +776,7 @@ def _check_folder(folder: Path, recorded: dict[str, Any]) -> None:
 def _claim_folder(folder: Path, contents: dict[str, Any]) -> None:
     """Write the manifest, or, where there is one, compare the library versions."""
     versions = library_versions()
-    if not (folder / _MANIFEST).is_file():
+    if not (folder / MANIFEST).is_file():
         folder.mkdir(parents=True, exist_ok=True)
         _write_manifest(folder, {"format": _FORMAT, **contents, "versions": versions, "complete": False})
         return
@@ -809,7 +819,7 @@ def _load_shards(folder: Path, shards: int) -> Dataset:
 
 
 def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
-    _write(folder / _MANIFEST, (json.dumps(manifest, indent=2) + "\n").encode())
+    _write(folder / MANIFEST, (json.dumps(manifest, indent=2) + "\n").encode())
 
 
 def _write(path: Path, data: bytes) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from trl_ift.data.caching import versioned
 from trl_ift.scripts.train import INPUT_ERRORS, report_error, usage_error
 
 
@@ -277,7 +278,7 @@ def _build(dataset: Any, options: dict[str, Any], num_proc: int | None) -> tuple
     row = _first_row(dataset, options)
     consumed = [options["responses_column"], options["scores_column"]]
     features = None if dataset.features is None else _features(dataset.features, row, options)
-    build = partial(_build_row, options=options)
+    build = partial(versioned(_build_row), options=options)
     arguments = {"with_indices": True, "remove_columns": consumed, "features": features}
     if isinstance(dataset, IterableDataset):
         if num_proc is not None:

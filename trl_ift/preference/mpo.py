@@ -27,6 +27,7 @@ import math
 import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -44,7 +45,9 @@ from transformers import (
 from transformers.utils import logging
 
 from ..checks import check_choice, check_range, check_unused
+from ..data.caching import versioned
 from ..data.fingerprint import model_fingerprint
+from ..data.generation import MANIFEST, load_completions
 from ..scripts.data import load_named
 from ..trl_internals import tokenize
 from .collator import Branch, Column
@@ -278,6 +281,7 @@ class MPOTrainer(PreferenceTrainer):
     ):
         args = self._own_config(args, model)
         self._policies: set[str] = set()
+        self._new_adapter = peft_config is not None  # training then starts from the model without it
         self._first_weights: list[float] = []
         self._extra_rows: dict[str, Dataset | None] = {
             "reg": _regularisation_rows(args, _given_or_named(reg_dataset, args.reg_dataset_name)),
@@ -322,8 +326,9 @@ class MPOTrainer(PreferenceTrainer):
                 continue
             extra = _tokenized(extra, name, processing_class, self._tokenizer.eos_token, args)
             order = np.random.default_rng([args.seed, len(extra)]).permutation(len(extra)).tolist()
+            _report_dealing(dataset, name, len(extra), args)
             options = {"rows": extra, "order": order, "per_pair": args.reg_rows_per_pair, "column": f"{name}_rows"}
-            dataset = dataset.map(_attach, with_indices=True, fn_kwargs=options)
+            dataset = dataset.map(versioned(_attach), with_indices=True, fn_kwargs=options)
             if name == "reg":
                 self._reg_scored = "ref_logps" in extra.column_names
                 self._policies = set(extra.unique("policy")) - {None} if "policy" in extra.column_names else set()
@@ -333,7 +338,7 @@ class MPOTrainer(PreferenceTrainer):
         """Refuse samples of another model than the one that training starts from."""
         if not self._policies or self.args.allow_other_policy:
             return
-        own = model_fingerprint(self.model)
+        own = model_fingerprint(self.model, with_adapters=not self._new_adapter)
         if self._policies != {own}:
             raise ValueError(
                 f"`reg_dataset` was sampled from another model (policy {', '.join(sorted(self._policies))}) than the one that "
@@ -396,6 +401,8 @@ def _given_or_named(dataset: Dataset | None, name: str | None) -> Dataset | None
         return dataset
     if dataset is not None:
         raise ValueError(f"A dataset was passed and `{name}` is named in the config too. Drop one of the two.")
+    if (Path(name).expanduser() / MANIFEST).is_file():
+        return load_completions(Path(name).expanduser())  # refuses a folder that is not finished
     splits = load_named(name)
     if "train" not in splits:
         raise ValueError(
@@ -424,7 +431,7 @@ def _regularisation_rows(args: MPOConfig, dataset: Dataset | None) -> Dataset | 
             "'completion_ids', as `trl-ift generate` writes them."
         )
     if "ref_logps" in columns:
-        column = Column("ref_logps", high=0.0)
+        column = Column("ref_logps", high=1e-3)  # rounding
         for index, value in enumerate(dataset["ref_logps"][:]):
             column.check(value, f"`reg_dataset`, row {index}")
     elif args.reg_kl == "reverse":
@@ -462,16 +469,16 @@ def _check_extra_dataset(name: str, dataset: Any) -> None:
 def _tokenized(dataset: Dataset, name: str, processing_class: Any, eos_token: str, args: MPOConfig) -> Dataset:
     """Rows with `prompt_ids`, `completion_ids`, and `ref_logps` and `policy` where stored, that fit `max_length`."""
     if name == "pretrain":
-        rows = dataset.map(_pretraining_row, fn_kwargs={"processing_class": processing_class})
+        rows = dataset.map(versioned(_pretraining_row), fn_kwargs={"processing_class": processing_class})
     elif {"prompt_ids", "completion_ids"} <= set(dataset.column_names):
         rows = dataset
     else:
         rows = dataset.map(
-            _regularisation_row, fn_kwargs={"processing_class": processing_class, "eos_token": eos_token}
+            versioned(_regularisation_row), fn_kwargs={"processing_class": processing_class, "eos_token": eos_token}
         )
     keep = ["prompt_ids", "completion_ids", "ref_logps", "policy"]
     rows = rows.select_columns([column for column in keep if column in rows.column_names])
-    fitting = rows.filter(_fits, fn_kwargs={"max_length": args.max_length})
+    fitting = rows.filter(versioned(_fits), fn_kwargs={"max_length": args.max_length})
     if not len(fitting):
         raise ValueError(
             f"No row of the {name} dataset can be used: all are empty or do not fit `max_length={args.max_length}`. Raise it."
@@ -515,6 +522,21 @@ def _fits(row: dict[str, Any], max_length: int | None) -> bool:
     if row.get("ref_logps") is not None:  # of the whole response, so that none of it may be cut
         return len(row["prompt_ids"]) + len(row["completion_ids"]) <= max_length
     return len(row["prompt_ids"]) < max_length
+
+
+def _report_dealing(dataset: Any, name: str, number: int, args: MPOConfig) -> None:
+    if isinstance(dataset, IterableDataset):
+        if args.dataloader_num_workers > 1:
+            raise ValueError(
+                f"`dataloader_num_workers={args.dataloader_num_workers}` with an `IterableDataset`: each worker numbers its "
+                f"pairs from 0, so that only some rows of the {name} dataset would be used. Set it to 0 or 1, or pass a "
+                "`Dataset`."
+            )
+    elif (needed := math.floor(len(dataset) * args.reg_rows_per_pair)) < number:
+        logger.warning(
+            f"{needed} of the {number} rows of the {name} dataset are used: {len(dataset)} pairs with `reg_rows_per_pair="
+            f"{args.reg_rows_per_pair:g}`. Raise it to use more."
+        )
 
 
 def _attach(row: dict[str, Any], index: int, rows: Dataset, order: list[int], per_pair: float, column: str):

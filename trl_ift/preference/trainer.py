@@ -23,6 +23,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -44,6 +45,7 @@ from transformers.utils import logging
 from trl import DPOConfig, DPOTrainer, is_conversational
 
 from ..checks import check_choice, check_peft, check_preference_dataset, check_range, check_unused
+from ..data.caching import versioned
 from ..extension import ExtensionConfig, ExtensionTrainer
 from ..hub.card import library_versions
 from ..trl_internals import (
@@ -97,6 +99,23 @@ class PreferenceConfig(ExtensionConfig, DPOConfig):
     def _check_loss_type(self) -> None:
         for loss_type in [self.loss_type] if isinstance(self.loss_type, str) else self.loss_type:
             check_choice("loss_type", loss_type, TRL_PAIR_LOSSES)
+        losses = {self.loss_type} if isinstance(self.loss_type, str) else set(self.loss_type)
+        if not losses & {"exo_pair", "robust", "aot", "aot_unpaired"}:
+            check_unused(
+                self,
+                ["label_smoothing"],
+                f"with `loss_type={sorted(losses)}` (TRL smooths 'robust', 'exo_pair', 'aot')",
+            )
+        if self.use_weighting and "sft" in losses:
+            raise ValueError(
+                "`use_weighting=True` cannot be combined with the loss 'sft', which has no pairs. Drop one of the two."
+            )
+        if "discopop" not in losses:
+            check_unused(self, ["discopop_tau"], f"with `loss_type={sorted(losses)}`")
+        if self.f_divergence_type != "alpha_divergence":
+            check_unused(self, ["f_alpha_divergence_coef"], f"with `f_divergence_type={self.f_divergence_type!r}`")
+        if not self.sync_ref_model:
+            check_unused(self, ["ref_model_mixup_alpha", "ref_model_sync_steps"], "without `sync_ref_model=True`")
 
     def _refuse_loss_options(self, *used: str) -> None:
         """Refuse options that only TRL's losses read, but for those that the method uses too."""
@@ -308,6 +327,7 @@ class PreferenceTrainer(ExtensionTrainer, DPOTrainer):
                 "one of the two."
             )
         if isinstance(model, torch.nn.Module):
+            _check_instance(model, peft_config)
             keep_4bit_trainable_on_cpu(model)
 
         self._stored_reference = stored
@@ -428,6 +448,11 @@ class PreferenceTrainer(ExtensionTrainer, DPOTrainer):
                 f"`{name}` lacks the columns {_REF_COLUMNS} that `train_dataset` has. Add them, or drop them there so that the "
                 "trainer computes them."
             )
+        if _REF_COLUMNS[0] in row and self.uses_reference and args.ld_alpha is not None:
+            raise ValueError(
+                f"`ld_alpha` weighs the tokens of a response, and the columns {_REF_COLUMNS} of `{name}` are sums over all of "
+                "them. Drop one of the two."
+            )
         if WEIGHT.name in row and any(loss.startswith("aot") for loss in args.loss_type):
             raise ValueError(
                 "The losses 'aot' and 'aot_unpaired' sort the log-ratios of a batch, so that pairs have no losses of their "
@@ -453,7 +478,7 @@ class PreferenceTrainer(ExtensionTrainer, DPOTrainer):
         with global_then_local_main_first():
             for branch in self.branches:
                 prepared = self._tokenize_branch(prepared, branch, implicit_prompt, processing_class, args)
-            return prepared, prepared.filter(_trainable, fn_kwargs=self._drop_options(args))
+            return prepared, prepared.filter(versioned(_trainable), fn_kwargs=self._drop_options(args))
 
     def _drop_options(self, args) -> dict[str, Any]:
         """What `_why_dropped` depends on beside the row."""
@@ -468,10 +493,10 @@ class PreferenceTrainer(ExtensionTrainer, DPOTrainer):
         if row is None or branch.rows_column in row or branch.column is None:
             return dataset
         if f"{branch.column}_ids" in row:  # tokenized by TRL
-            return dataset.map(_rows_from_ids, fn_kwargs={"branch": branch})
+            return dataset.map(versioned(_rows_from_ids), fn_kwargs={"branch": branch})
         options = {"num_proc": args.dataset_num_proc} if isinstance(dataset, Dataset) else {}
         return dataset.map(
-            tokenize_response,
+            versioned(tokenize_response),
             fn_kwargs={
                 "branch": branch,
                 "source": branch.source(row),
@@ -526,19 +551,30 @@ class PreferenceTrainer(ExtensionTrainer, DPOTrainer):
     def _check_first_rewards(self, num_tokens: torch.Tensor) -> None:
         """Raise if the untrained policy does not agree with its reference."""
         args = self.args
-        if not args.disable_dropout or args.neftune_noise_alpha is not None:
+        options = self.model.config.get_text_config().to_dict().items()
+        # TRL switches modules of dropout off, not the dropout of attention that a config asks for
+        noisy = [name for name, value in options if ("dropout" in name or "jitter" in name) and value]
+        if noisy or not args.disable_dropout or args.neftune_noise_alpha is not None:
             return
         half = args.bf16 or args.fp16
         tolerance = _REFERENCE_TOLERANCE.get(self.model.dtype if not half else torch.bfloat16, 0.05)
         rewards = [self._metrics["train"][f"rewards/{kind}"][-1] for kind in ("chosen", "rejected")]
         drift = max(abs(reward) for reward in rewards) / self.beta
-        if drift > tolerance * max(1.0, num_tokens.item()):
+        if not drift <= tolerance * max(1.0, num_tokens.item()):  # NaN too
             raise ValueError(
                 f"The reference is not the model that is being trained: before the first step their log-probabilities differ "
                 f"by {drift:.3g} nats a response on average, expected 0. (An adapter whose initialisation changes the base "
                 "model, a reference loaded from another place.) Pass the reference you mean as `ref_model`, or as the columns "
                 f"{_REF_COLUMNS}."
             )
+
+    def _load_extension_state(self, checkpoint: Path) -> None:
+        if self.args.sync_ref_model:
+            raise ValueError(
+                "A run with `sync_ref_model=True` cannot be resumed: its checkpoints do not hold the reference, which has "
+                "moved since the start. Train from the start, or pass the reference as `ref_model` to a new run."
+            )
+        super()._load_extension_state(checkpoint)
 
     # ---------------------------------------------------------------- evaluation
 
@@ -566,7 +602,11 @@ class PreferenceTrainer(ExtensionTrainer, DPOTrainer):
                 )
             batch_size = self.args.precompute_ref_batch_size or self.args.per_device_eval_batch_size
             test_dataset = self._precompute_ref_logps(test_dataset, metric_key_prefix, batch_size)
-        return super().predict(test_dataset, ignore_keys, metric_key_prefix)
+        output = super().predict(test_dataset, ignore_keys, metric_key_prefix)
+        # Nothing logs the metrics of a prediction: they must not be averaged into the next evaluation
+        self._metrics["eval"].clear()
+        self.__dict__.get("_sums", {}).get("eval", {}).clear()
+        return output
 
     # ---------------------------------------------------------------- loss
 
@@ -581,7 +621,7 @@ class PreferenceTrainer(ExtensionTrainer, DPOTrainer):
 
     @property
     def _counts_steps(self) -> bool:
-        return type(self).branch_terms is not PreferenceTrainer.branch_terms
+        return self._has_own_loss or type(self).branch_terms is not PreferenceTrainer.branch_terms
 
     def _counts(self, inputs: dict[str, Any]) -> dict[str, dict[str, torch.Tensor]]:
         """Rows and tokens of each kind of response in a batch."""
@@ -596,7 +636,7 @@ class PreferenceTrainer(ExtensionTrainer, DPOTrainer):
         }
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """As in TRL; counts the rows and tokens of the optimizer step for `branch_terms`."""
+        """As in TRL; counts the rows and tokens of the optimizer step that divide the terms of the loss."""
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self._counts_steps and batches:
             counts = [self._counts(batch) for batch in batches]
@@ -650,11 +690,12 @@ class PreferenceTrainer(ExtensionTrainer, DPOTrainer):
             if self._reference_is_start and self.state.global_step == 0:
                 self._check_first_rewards((pairs["completion_mask"] != 0).sum() / pairs["input_ids"].size(0))
 
-        if self._has_own_loss or self._counts_steps:
+        if self._counts_steps:
             batch = self._batch(tap.output, pairs, extra, ref_token_logps)
             if self._has_own_loss:
                 losses = self.pair_loss(batch)
-                loss = loss + (losses if tap.weight is None else losses * tap.weight).mean()
+                total = (losses if tap.weight is None else losses * tap.weight).sum()
+                loss = loss + self._value(Term(total, "chosen", "row"), inputs)
             for term in self.branch_terms(batch):
                 loss = loss + self._value(term, inputs)
             rewards = self.implicit_rewards(batch)
@@ -761,8 +802,25 @@ def _reference_copy(model: torch.nn.Module, args: Any, peft_config: Any) -> torc
     return reference.requires_grad_(False).eval()
 
 
-def _text(value: Any) -> str:
-    return value if isinstance(value, str) else "".join(str(message.get("content") or "") for message in value or [])
+def _check_instance(model: torch.nn.Module, peft_config: Any) -> None:
+    """Raise for a model that cannot be trained as it is."""
+    if peft_config is None and not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(
+            "No parameter of `model` requires a gradient, so that nothing would be trained. Load an adapter with "
+            "`PeftModel.from_pretrained(..., is_trainable=True)`, or pass a `peft_config`."
+        )
+    if is_peft_model(model) and "default" not in model.peft_config:
+        raise ValueError(
+            f"The adapters of `model` are called {', '.join(map(repr, model.peft_config))}; the one that is trained must be "
+            "called 'default'. Load it with `adapter_name='default'`."
+        )
+
+
+def _is_blank(value: Any, eos_token: str = "") -> bool:
+    """Whether a response, text or messages, says nothing (a tool call says something)."""
+    if isinstance(value, str):
+        return value.removesuffix(eos_token).strip() == ""
+    return not any(str(m.get("content") or "").strip() or m.get("tool_calls") for m in value or [])
 
 
 def _rows_from_ids(row: dict[str, Any], branch: Branch) -> dict[str, Any]:
@@ -781,7 +839,7 @@ def tokenize_response(
                 "column 'prompt', or let all responses repeat the same prompt."
             )
         response = response[len(prompt) :]
-    if _text(response).strip() == "":
+    if _is_blank(response):
         return {branch.rows_column: [{"prompt_ids": row["prompt_ids"], "completion_ids": []}]}
     options: dict[str, Any] = {}
     if is_conversational({"prompt": prompt}):
@@ -805,7 +863,7 @@ def _why_dropped(row: dict[str, Any], branches: list[str], eos_token: str, max_l
         return "chosen equals rejected"
     if not row["chosen_ids"] or not row["rejected_ids"]:
         return "chosen or rejected has no tokens"
-    if "chosen" in row and _text(row["chosen"]).removesuffix(eos_token).strip() == "":
+    if "chosen" in row and _is_blank(row["chosen"], eos_token):
         return "chosen is empty"
     if any(name in row and not all(r["completion_ids"] for r in row[name]) for name in branches):
         return "an extra response is empty"
