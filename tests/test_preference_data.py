@@ -140,6 +140,7 @@ class TestStoredReferences:
                 {"eval_dataset": {"x": tiny.preference_data()}},
                 r"`eval_dataset\['x'\]` lacks the columns .* that `train_dataset` has",
             ),
+            (lambda d: d, {"ld_alpha": 0.5}, "`ld_alpha` weighs the tokens .* of `train_dataset` are sums over all of them"),
             (lambda d: change_last(d, math.nan), {}, "`train_dataset`, row 7: column 'ref_chosen_logps' holds nan"),
             (lambda d: change_last(d, -math.inf), {}, "row 7: column 'ref_chosen_logps' holds -inf"),
             (lambda d: change_last(d, None), {}, "row 7: column 'ref_chosen_logps' must hold numbers, found None"),
@@ -264,6 +265,14 @@ class TestDroppedRows:
         trainer = make(tmp_path, model_dir, Dataset.from_list(rows))
         assert len(trainer.train_dataset) == 7
         assert warnings_seen == ["Dropped 1 of 8 rows of the train dataset: 1 (chosen is empty)."]
+
+    def test_tool_calls_say_something(self, tmp_path, model_dir, warnings_seen):
+        rows = tiny.conversational_preference_data().to_list()
+        call = {"type": "function", "function": {"name": "add", "arguments": "{}"}}
+        for row in rows:
+            row["chosen"] = [{"role": "assistant", "content": "", "tool_calls": [call]}]
+        assert len(make(tmp_path, model_dir, Dataset.from_list(rows)).train_dataset) == 8
+        assert warnings_seen == []
 
     @pytest.mark.parametrize("column", ["chosen_ids", "rejected_ids"])
     def test_no_tokens(self, tmp_path, tokenizer, model_dir, warnings_seen, column):
@@ -393,6 +402,31 @@ class TestEvaluation:
         if kind == "dataset":
             predicted = trainer.predict(data)
             assert predicted.metrics["test_loss"] == seen["eval_loss"]
+
+    @pytest.mark.parametrize("cls", [PreferenceTrainer, ToyTrainer])
+    def test_predictions_leave_no_trace(self, tmp_path, model_dir, cls):
+        """Their metrics are in no later evaluation."""
+        data = tiny.triple_data().add_column("weight", [1.0] * 8)
+        trainer = make(tmp_path, model_dir, data, cls, eval_dataset=data.select([0, 1]))
+        trainer.evaluate()
+        trainer.predict(data.select([3]))
+        trainer.evaluate()
+        first, second = history(trainer)
+        assert first == second
+
+    @pytest.mark.parametrize("precompute", [False, True])
+    def test_the_reference_sees_model_inputs_alone(self, tmp_path, model_dir, precompute):
+        """No column or branch of a method: most models swallow what they do not know."""
+        data = tiny.triple_data().add_column("weight", [1.0] * 8)
+        trainer = make(
+            tmp_path, model_dir, data, ToyTrainer, precompute_ref_log_probs=precompute, max_steps=1,
+            peft_config=LoraConfig(r=4, target_modules="all-linear"),
+        )  # fmt: skip
+        seen = set()
+        trainer.model.register_forward_pre_hook(lambda module, args, kwargs: seen.update(kwargs), with_kwargs=True)
+        trainer.evaluate(data)
+        trainer.train()
+        assert seen == {"input_ids", "attention_mask", "labels", "fused_lm_head", "use_cache"}
 
     def test_fresh_datasets_without_a_reference(self, tmp_path, model_dir):
         """After full training with precomputed references there is none left."""
@@ -568,6 +602,15 @@ class TestBadInput:
             ({"label_smoothing": 1.1}, "`label_smoothing=1.1` is out of range"),
             ({"label_smoothing": -0.1}, "`label_smoothing=-0.1` is out of range"),
             ({"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0]}, "loss_weights"),
+            ({"label_smoothing": 0.1}, r"`label_smoothing=0.1` has no effect with `loss_type=\['sigmoid'\]`"),
+            ({"discopop_tau": 0.1}, "`discopop_tau=0.1` has no effect"),
+            ({"f_alpha_divergence_coef": 0.3}, "`f_alpha_divergence_coef=0.3` has no effect"),
+            ({"ref_model_sync_steps": 3}, "`ref_model_sync_steps=3` has no effect without `sync_ref_model=True`"),
+            ({"ref_model_mixup_alpha": 0.3}, "`ref_model_mixup_alpha=0.3` has no effect without"),
+            (
+                {"use_weighting": True, "loss_type": ["sigmoid", "sft"]},
+                "`use_weighting=True` cannot be combined with .*'sft'",
+            ),
         ],
     )
     def test_config(self, tmp_path, settings, message):
@@ -576,11 +619,11 @@ class TestBadInput:
 
     def test_good_configs(self, tmp_path):
         common = {"output_dir": str(tmp_path), "use_cpu": True, "bf16": False}
-        config = PreferenceConfig(**common, loss_type="ipo", ld_alpha=0.0, label_smoothing=1)
-        assert config.loss_type == ["ipo"]
+        config = PreferenceConfig(**common, loss_type="aot", ld_alpha=0.0, label_smoothing=1)
+        assert config.loss_type == ["aot"]
         kept = {name: config.to_dict()[name] for name in ("loss_type", "beta", "ld_alpha", "label_smoothing")}
         again = PreferenceConfig(**common, **kept)
-        assert (again.loss_type, again.ld_alpha, again.label_smoothing) == (["ipo"], 0.0, 1)
+        assert (again.loss_type, again.ld_alpha, again.label_smoothing) == (["aot"], 0.0, 1)
 
 
 def test_a_null_response_is_named(tmp_path):

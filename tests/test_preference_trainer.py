@@ -15,7 +15,7 @@ import tiny
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
-from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from two_processes_preference import (
@@ -96,6 +96,8 @@ def implicit():
     return tiny.implicit_preference_data()
 
 
+LOSS_OPTIONS = {name: {"label_smoothing": 0.1} for name in ("exo_pair", "robust", "aot", "aot_unpaired")}
+LOSS_OPTIONS["discopop"] = {"discopop_tau": 0.1}
 # Settings under which the trainer must equal TRL's; callables get the folders and make an argument anew for each trainer
 PARITY = {
     "fp32": {},
@@ -152,7 +154,7 @@ PARITY = {
     "conversational": {"data": lambda _: tiny.conversational_preference_data()},
     "truncation": {"max_length": 20},
     "truncation of the start": {"max_length": 20, "truncation_mode": "keep_end"},
-    **{f"loss {loss}": {"loss_type": [loss], "label_smoothing": 0.1} for loss in TRL_PAIR_LOSSES},
+    **{f"loss {loss}": {"loss_type": [loss]} | LOSS_OPTIONS.get(loss, {}) for loss in TRL_PAIR_LOSSES},
 }  # fmt: skip
 
 
@@ -798,6 +800,22 @@ class TestExactness:
             toy_loss(twin, reference, tokenizer, unequal_triples().select(rows).to_list()).backward()
             assert_gradients_close(gradients, gradients_of(twin), 2e-5)
 
+    def test_unequal_micro_batches(self, tmp_path, tokenizer):
+        """3 rows at once, and as 2 and 1: no mean of means, in any part of the loss."""
+        found = []
+        for batch, accumulation in ((3, 1), (2, 2)):
+            recorder = GradientRecorder()
+            trainer = make(
+                tmp_path, tiny.model("llama", tokenizer), unequal_triples().select(range(3)), ToyTrainer, max_steps=1,
+                processing_class=tokenizer, max_grad_norm=0.0, per_device_train_batch_size=batch, callbacks=[recorder],
+                gradient_accumulation_steps=accumulation, train_sampling_strategy="sequential",
+            )  # fmt: skip
+            trainer.train()
+            found.append((trainer.state.log_history[0]["loss"], recorder.steps[0]))
+        (loss, gradients), (split_loss, split_gradients) = found
+        assert split_loss == pytest.approx(loss, rel=1e-6)
+        assert_gradients_close(split_gradients, gradients, 1e-6)
+
     def test_means_over_the_tokens_of_a_micro_batch(self, tmp_path, tokenizer):
         """`"batch token"`, what TRL does: it does depend on the split."""
         reference = double(tiny.model("llama", tokenizer))
@@ -849,9 +867,9 @@ QUESTION = {"input_ids": torch.arange(10, 30)[None]}
 
 
 class TestReference:
-    @pytest.mark.parametrize("training", ["sft", "sft in bf16", "sft with checkpointing", "by hand", "merged", "dpo"])
-    def test_model_trained_in_memory(self, tmp_path, tokenizer, folders, training):
-        """The reference is the model as passed; TRL loads the model of its path again, as it was before."""
+    @staticmethod
+    def trained(tmp_path, tokenizer, folders, training):
+        """A model that was loaded from a path and trained since."""
         model = AutoModelForCausalLM.from_pretrained(folders())
         if training == "by hand":
             by_hand(model, tokenizer)
@@ -864,8 +882,12 @@ class TestReference:
         else:
             extra = {"sft in bf16": {"bf16": True}, "sft with checkpointing": {"gradient_checkpointing": True}}
             model = fine_tuned(tmp_path, model, tokenizer, **extra.get(training, {}))
-        theirs = make(tmp_path, model, eval_dataset=tiny.preference_data(), cls=DPOTrainer).evaluate()
-        assert abs(theirs["eval_rewards/chosen"]) + abs(theirs["eval_rewards/rejected"]) > 0.01
+        return model
+
+    @pytest.mark.parametrize("training", ["sft", "sft in bf16", "sft with checkpointing", "by hand", "merged", "dpo"])
+    def test_model_trained_in_memory(self, tmp_path, tokenizer, folders, training):
+        """The reference is the model as it was passed."""
+        model = self.trained(tmp_path, tokenizer, folders, training)
         start = model.eval()(**QUESTION).logits.detach().clone()
         trainer = make(tmp_path, model, eval_dataset=tiny.preference_data(), max_steps=4)
         assert trainer.ref_model is not None
@@ -884,6 +906,29 @@ class TestReference:
             torch.testing.assert_close(trainer.ref_model(**QUESTION).logits, start, rtol=0, atol=rounding)
             assert (trainer.model(**QUESTION).logits - start).abs().max() > 0.2
         assert trainer.evaluate()["eval_rewards/margins"] > 0.05
+
+    @pytest.mark.parametrize("training", ["sft", "by hand", "merged"])
+    def test_what_trl_does(self, tmp_path, tokenizer, folders, training):
+        """It loads the model of the path again, as it was before: rewards are not 0 at the start."""
+        model = self.trained(tmp_path, tokenizer, folders, training)
+        rewards = first_rewards(make(tmp_path, model, cls=DPOTrainer))
+        assert sum(map(abs, rewards)) > 0.01
+
+    def test_frozen_models_are_refused(self, tmp_path, tokenizer, folders):
+        """As PEFT leaves them; nothing would be trained."""
+        merged = adapted(folders()).merge_and_unload()
+        with pytest.raises(ValueError, match="No parameter of `model` requires a gradient"):
+            make(tmp_path, merged)
+        adapted(folders()).save_pretrained(tmp_path / "adapter")
+        base = AutoModelForCausalLM.from_pretrained(folders())
+        with pytest.raises(ValueError, match="No parameter of `model` requires a gradient.*is_trainable=True"):
+            make(tmp_path, PeftModel.from_pretrained(base, tmp_path / "adapter"))
+        loaded = PeftModel.from_pretrained(base, tmp_path / "adapter", is_trainable=True)
+        assert first_rewards(make(tmp_path, loaded)) == (0.0, 0.0)
+        assert first_rewards(make(tmp_path, merged, peft_config=LoraConfig(**LORA))) == (0.0, 0.0)
+        named = get_peft_model(tiny.model("llama", tokenizer), LoraConfig(**LORA), adapter_name="mine")
+        with pytest.raises(ValueError, match="The adapters of `model` are called 'mine'.* called 'default'"):
+            make(tmp_path, named, processing_class=tokenizer)
 
     @pytest.mark.parametrize("settings", [{}, {"precompute_ref_log_probs": True}, {"bf16": True}], ids=str)
     def test_model_built_in_memory(self, tmp_path, tokenizer, settings):
@@ -922,6 +967,34 @@ class TestReference:
             return
         with pytest.raises(ValueError, match="The reference is not the model that is being trained.*expected 0"):
             trainer.train()
+
+    def test_models_that_are_not_a_number(self, tmp_path, tokenizer):
+        model = tiny.model("llama", tokenizer)
+        with torch.no_grad():
+            model.lm_head.weight[0, 0] = math.nan
+        trainer = make(tmp_path, model, processing_class=tokenizer)
+        with pytest.raises(ValueError, match="log-probabilities differ by nan nats"):
+            trainer.train()
+
+    @pytest.mark.parametrize("precompute", [False, True])
+    def test_dropout(self, tmp_path, tokenizer, precompute):
+        """The reference is scored without it, and the policy, scored with it, is no error then."""
+        model = tiny.model("llama", tokenizer, attention_dropout=0.4).train()
+        settings = {"processing_class": tokenizer, "disable_dropout": False, "precompute_ref_log_probs": precompute}
+        trainer = make(tmp_path, model, max_steps=1, **settings)
+        assert model.training
+        without = tiny.model("llama", tokenizer)
+        inputs = trainer.data_collator([trainer.train_dataset[index] for index in range(8)])
+        scored = trainer.compute_ref_log_probs(trainer.ref_model or model, inputs)
+        if precompute:
+            scored = [
+                torch.tensor(trainer.train_dataset[name][:]) for name in ("ref_chosen_logps", "ref_rejected_logps")
+            ]
+        for kind, values in zip(("chosen", "rejected"), scored, strict=True):
+            for row, value in zip(tiny.preference_data(), values, strict=True):
+                expected = naive_logps(without, tokenizer, row["prompt"], row[kind]).sum().item()
+                assert value.item() == pytest.approx(expected, rel=1e-5)
+        assert all(abs(reward) > 1e-4 for reward in first_rewards(trainer))
 
     def test_explicit_reference(self, tmp_path, folders):
         reference = AutoModelForCausalLM.from_pretrained(folders(seed=1))
@@ -1035,6 +1108,13 @@ class TestResume:
         parameters = zip(whole.model.named_parameters(), resumed.model.named_parameters(), strict=True)
         for (name, left), (_, right) in parameters:
             assert torch.equal(left, right), name
+
+    def test_a_moved_reference_is_lost(self, tmp_path, folders):
+        settings = {"sync_ref_model": True, "ref_model_sync_steps": 1, "save_strategy": "steps", "save_steps": 2}
+        trainer = make(tmp_path, folders(), **settings)
+        trainer.train()
+        with pytest.raises(ValueError, match="`sync_ref_model=True` cannot be resumed"):
+            make(tmp_path, folders(), **settings).train(resume_from_checkpoint=True)
 
 
 # ---------------------------------------------------------------- two processes
