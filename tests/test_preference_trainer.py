@@ -435,6 +435,10 @@ class ReferenceFree(ToyTrainer):
     uses_reference = False
 
 
+class Storing(ToyTrainer):
+    stores_reference = True
+
+
 class TestMethod:
     """A method with an extra column, an extra branch, a loss of its own and further terms."""
 
@@ -477,13 +481,20 @@ class TestMethod:
                 assert responses.logps[index].item() == pytest.approx(logps.sum().item(), rel=1e-5)
                 assert responses.mean_logps[index].item() == pytest.approx(logps.mean().item(), rel=1e-5)
                 assert responses.lengths[index] == len(logps)
-                prompt, _ = token_ids(tokenizer, row["prompt"], row[column])
+                prompt, response = token_ids(tokenizer, row["prompt"], row[column])
                 span = slice(len(prompt) - 1, len(prompt) - 1 + len(logps))
+                ids = torch.tensor([prompt + response])
+                logits = twin(input_ids=ids).logits[0, :-1].log_softmax(-1)
+                entropy = -(logits.exp() * logits).sum(-1)[span]
+                torch.testing.assert_close(responses.entropy[index, span], entropy.float(), rtol=1e-4, atol=1e-5)
+                assert torch.equal(responses.is_top1[index, span], (logits.argmax(-1) == ids[0, 1:])[span])
                 torch.testing.assert_close(responses.token_logps[index, span], logps.float(), rtol=1e-4, atol=1e-5)
                 assert responses.mask[index].sum() == responses.mask[index, span].sum() == len(logps)
                 assert (responses.token_logps[index][~responses.mask[index]] == 0).all()
             shape = responses.token_logps.shape
             assert responses.mask.shape == responses.entropy.shape == responses.is_top1.shape == shape
+            assert not responses.entropy.requires_grad
+            assert (responses.entropy[~responses.mask] == 0).all()
             assert responses.pair.tolist() == [0, 1, 2, 3]
         assert seen.columns["label_prob"].tolist() == inputs["label_prob"].tolist()
         assert seen.branches["gold"].ref_logps is None
@@ -522,6 +533,11 @@ class TestMethod:
         expected.backward()
         assert loss == pytest.approx(expected.item(), rel=2e-6)
         assert_gradients_close(gradients, gradients_of(trainer.model), 1e-5)
+        for responses in (trainer.seen.chosen, trainer.seen.rejected, trainer.seen.branches["gold"]):
+            shape = responses.token_logps.shape
+            assert responses.mask.shape == responses.entropy.shape == responses.is_top1.shape == shape
+            assert (responses.entropy[responses.mask] > 0).all()
+            assert (responses.entropy[~responses.mask] == 0).all()
         for responses in (trainer.seen.chosen, trainer.seen.rejected):
             torch.testing.assert_close(responses.ref_logps, responses.logps, rtol=1e-5, atol=1e-5)
             if stored:
@@ -757,6 +773,36 @@ class TestMethod:
         assert sorted(gradients) == sorted(trainable)
         assert trainer.evaluate(tiny.triple_data())["eval_loss"] == trainer.evaluate()["eval_loss"]
 
+    @pytest.mark.parametrize("source", ["memory", "new adapter", "adapter"])
+    def test_references_that_are_always_stored(self, tmp_path, tokenizer, folders, source):
+        """`stores_reference` is `precompute_ref_log_probs=True`, and no copy of an adapter is kept."""
+        found = []
+        for cls in (ToyTrainer, Storing):
+            settings = {"precompute_ref_log_probs": cls is ToyTrainer}
+            model = adapted(folders()) if source == "adapter" else tiny.model("llama", tokenizer)
+            if source == "new adapter":
+                settings["peft_config"] = LoraConfig(**LORA)
+            trainer = make(
+                tmp_path, model, tiny.triple_data(), cls, processing_class=tokenizer, eval_dataset=tiny.triple_data(),
+                **settings,
+            )  # fmt: skip
+            trainer.train()
+            trainer.evaluate()
+            found.append(history(trainer))
+        assert found[0] == found[1]
+        assert trainer.ref_model is None
+        assert trainer.args.precompute_ref_log_probs is False
+        assert "ref" not in getattr(trainer.model, "peft_config", {})
+        if source == "new adapter":
+            assert trainer.evaluate(tiny.triple_data())["eval_loss"] == found[0][-1]["eval_loss"]
+        else:
+            gone = {
+                "memory": "Cannot compute reference log-probs .* after training",
+                "adapter": "adapter .* is no longer in",
+            }
+            with pytest.raises(ValueError, match=gone[source]):
+                trainer.evaluate(tiny.triple_data())
+
     def test_prompt_tuned_model_keeps_its_reference(self, tmp_path, tokenizer):
         model = get_peft_model(
             tiny.model("llama", tokenizer), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
@@ -914,7 +960,7 @@ class TestReference:
         rewards = first_rewards(make(tmp_path, model, cls=DPOTrainer))
         assert sum(map(abs, rewards)) > 0.01
 
-    def test_frozen_models_are_refused(self, tmp_path, tokenizer, folders):
+    def test_frozen_models_are_refused(self, tmp_path, folders):
         """As PEFT leaves them; nothing would be trained."""
         merged = adapted(folders()).merge_and_unload()
         with pytest.raises(ValueError, match="No parameter of `model` requires a gradient"):
@@ -926,9 +972,6 @@ class TestReference:
         loaded = PeftModel.from_pretrained(base, tmp_path / "adapter", is_trainable=True)
         assert first_rewards(make(tmp_path, loaded)) == (0.0, 0.0)
         assert first_rewards(make(tmp_path, merged, peft_config=LoraConfig(**LORA))) == (0.0, 0.0)
-        named = get_peft_model(tiny.model("llama", tokenizer), LoraConfig(**LORA), adapter_name="mine")
-        with pytest.raises(ValueError, match="The adapters of `model` are called 'mine'.* called 'default'"):
-            make(tmp_path, named, processing_class=tokenizer)
 
     @pytest.mark.parametrize("settings", [{}, {"precompute_ref_log_probs": True}, {"bf16": True}], ids=str)
     def test_model_built_in_memory(self, tmp_path, tokenizer, settings):
@@ -1108,13 +1151,6 @@ class TestResume:
         parameters = zip(whole.model.named_parameters(), resumed.model.named_parameters(), strict=True)
         for (name, left), (_, right) in parameters:
             assert torch.equal(left, right), name
-
-    def test_a_moved_reference_is_lost(self, tmp_path, folders):
-        settings = {"sync_ref_model": True, "ref_model_sync_steps": 1, "save_strategy": "steps", "save_steps": 2}
-        trainer = make(tmp_path, folders(), **settings)
-        trainer.train()
-        with pytest.raises(ValueError, match="`sync_ref_model=True` cannot be resumed"):
-            make(tmp_path, folders(), **settings).train(resume_from_checkpoint=True)
 
 
 # ---------------------------------------------------------------- two processes
