@@ -969,6 +969,7 @@ class TestReference:
         base = AutoModelForCausalLM.from_pretrained(folders())
         with pytest.raises(ValueError, match="No parameter of `model` requires a gradient.*is_trainable=True"):
             make(tmp_path, PeftModel.from_pretrained(base, tmp_path / "adapter"))
+        base = AutoModelForCausalLM.from_pretrained(folders())
         loaded = PeftModel.from_pretrained(base, tmp_path / "adapter", is_trainable=True)
         assert first_rewards(make(tmp_path, loaded)) == (0.0, 0.0)
         assert first_rewards(make(tmp_path, merged, peft_config=LoraConfig(**LORA))) == (0.0, 0.0)
