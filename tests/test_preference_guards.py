@@ -9,10 +9,13 @@ from datasets import Dataset
 from datasets.fingerprint import Hasher
 from huggingface_hub import ModelCard
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM
 
 from trl_ift import IFTConfig, IFTTrainer
 from trl_ift.data import generate_completions
 from trl_ift.data.caching import _source_digest, versioned
+from trl_ift.data.fingerprint import differs_from_source
+from trl_ift.preference import trainer as trainer_module
 from trl_ift.preference.mpo import MPOTrainer
 from trl_ift.preference.tpo import TPOTrainer
 from trl_ift.preference.trainer import PreferenceConfig, PreferenceTrainer
@@ -60,6 +63,22 @@ class TestReference:
         before = trainer.ref_model(ids).logits
         trainer.train()
         assert torch.equal(trainer.ref_model(ids).logits, before)
+
+    def test_a_model_that_was_trained_since_is_named(self, tmp_path, tokenizer, model_dir, monkeypatch):
+        seen = []
+        monkeypatch.setattr(trainer_module.logger, "warning", lambda message, *args: seen.append(message))
+        for dtype in ("float32", "bfloat16"):
+            model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype)
+            assert differs_from_source(model, model_dir) is False
+            make(PreferenceTrainer, tmp_path, model, tokenizer=tokenizer)
+        assert seen == []
+        with torch.no_grad():
+            model.model.layers[1].mlp.up_proj.weight.mul_(1.1)
+        make(PreferenceTrainer, tmp_path, model, tokenizer=tokenizer)
+        assert len(seen) == 1
+        assert f"has other weights than `{model_dir}`" in seen[0]
+        assert differs_from_source(model, str(tmp_path)) is None
+        assert differs_from_source(model, "no/such-model") is None
 
     def test_hooks_of_other_libraries_stay(self, tokenizer):
         model = tiny.model("llama", tokenizer)

@@ -2,12 +2,18 @@
 
 import hashlib
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from accelerate.utils import is_peft_model
+from huggingface_hub import try_to_load_from_cache
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import safe_open
 from transformers import PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_NAME
+
+from ..hub.card import is_hub_id
 
 
 def model_fingerprint(model: PreTrainedModel | PeftModel, with_adapters: bool = True) -> str:
@@ -79,3 +85,26 @@ def _content_digest(parameter: torch.Tensor) -> str:
 def base_model(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     """The model under a PEFT adapter, or the model itself."""
     return model.get_base_model() if is_peft_model(model) else model
+
+
+def differs_from_source(model: PreTrainedModel, source: str) -> bool | None:
+    """
+    Whether a model in memory has other weights than the folder or Hub id that it was loaded from.
+
+    Compares what `model_fingerprint` looks at, parameter by parameter. `None` if that cannot be said without a download: the
+    weights are not there, are in several files, or have other names.
+    """
+    path = Path(source) / SAFE_WEIGHTS_NAME
+    if not path.is_file():
+        cached = try_to_load_from_cache(source, SAFE_WEIGHTS_NAME) if is_hub_id(source) else None
+        if not isinstance(cached, str):
+            return None
+        path = Path(cached)
+    parameters = dict(model.named_parameters())
+    with safe_open(path, "pt") as file:
+        common = [name for name in file.keys() if name in parameters]  # noqa: SIM118
+        for name in common:
+            stored = file.get_tensor(name)
+            if stored.shape != parameters[name].shape or _content_digest(stored) != _content_digest(parameters[name]):
+                return True
+    return False if common else None

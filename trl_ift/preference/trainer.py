@@ -46,6 +46,7 @@ from trl import DPOConfig, DPOTrainer, is_conversational
 
 from ..checks import check_choice, check_peft, check_preference_dataset, check_range, check_unused
 from ..data.caching import versioned
+from ..data.fingerprint import differs_from_source
 from ..extension import ExtensionConfig, ExtensionTrainer
 from ..hub.card import library_versions
 from ..trl_internals import (
@@ -56,6 +57,7 @@ from ..trl_internals import (
     dpo_compute_loss,
     dpo_construction,
     forget_fused_head,
+    get_config_model_id,
     global_then_local_main_first,
     keep_4bit_trainable_on_cpu,
     share_cache_folder,
@@ -798,7 +800,12 @@ def _reference_copy(model: torch.nn.Module, args: Any, peft_config: Any) -> torc
         return None
     reference = copy.deepcopy(model)
     forget_fused_head(reference)
-    logger.info("The reference is a copy of the model as it was passed, not the model of its `name_or_path`.")
+    source = get_config_model_id(model.config)
+    if source and differs_from_source(model, source):
+        logger.warning(
+            f"`model` has other weights than `{source}`, from which it was loaded. The reference is a copy of the model as it "
+            "was passed; `trl.DPOTrainer` would compare it with the weights of that source."
+        )
     return reference.requires_grad_(False).eval()
 
 
