@@ -1,5 +1,6 @@
 """Shared fixtures: tiny tokenizers, models and datasets, built offline from configs."""
 
+import gc
 import os
 
 
@@ -16,6 +17,15 @@ import torch
 
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_collections():
+    """`train` collects garbage: without the objects of the imported libraries it takes a tenth of the time."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")

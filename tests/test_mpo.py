@@ -45,15 +45,6 @@ from trl_ift.scripts import train as script
 LORA = {"r": 4, "target_modules": "all-linear"}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_collections():
-    """`train` collects garbage: without the objects of the imported libraries it takes a tenth of the time."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
 @pytest.fixture(autouse=True)
 def caches(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))

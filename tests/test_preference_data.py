@@ -8,7 +8,6 @@ import tiny
 import torch
 from datasets import Dataset, DatasetDict, IterableDataset
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
-from test_preference_trainer import quick_collections  # noqa: F401
 from trl import DPOConfig
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from two_processes_preference import ToyTrainer, history, options

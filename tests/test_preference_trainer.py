@@ -1,7 +1,6 @@
 """PreferenceTrainer on tiny models: against DPOTrainer bit for bit, and against independent computations."""
 
 import copy
-import gc
 import json
 import math
 import os
@@ -44,15 +43,6 @@ LORA = {"r": 4, "target_modules": "all-linear"}
 ARGUMENTS = (
     "ref_model", "eval_dataset", "peft_config", "quantization_config", "callbacks", "processing_class", "compute_metrics",
 )  # fmt: skip
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_collections():
-    """`train` collects garbage: without the objects of the imported libraries it takes a tenth of the time."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 def make(tmp_path, model, data=None, cls=PreferenceTrainer, **settings):

@@ -1,6 +1,5 @@
 """TPO: the numbers and identities of the paper, TRL's TPOTrainer and CPOTrainer, an independent float64 computation."""
 
-import gc
 import json
 import math
 import warnings
@@ -41,15 +40,6 @@ from trl_ift.scripts import train as script
 
 
 LORA = {"r": 4, "target_modules": "all-linear"}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_collections():
-    """`train` collects garbage: without the objects of the imported libraries it takes a tenth of the time."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 def close(found, expected, tolerance=5e-10):

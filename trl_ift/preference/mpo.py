@@ -52,7 +52,6 @@ from ..scripts.data import load_named
 from ..trl_internals import tokenize
 from .collator import Branch, Column
 from .trainer import (
-    _REFERENCE_OPTIONS,
     PreferenceBatch,
     PreferenceConfig,
     PreferenceTrainer,
@@ -192,9 +191,8 @@ class MPOConfig(PreferenceConfig):
                 "`reg_weight`. Set one of these."
             )
         self._refuse_loss_options()
-        # Of the pass that stores the reference log-probs
-        read = {"precompute_ref_batch_size"} if self.logit_mode == "reference" else set()
-        check_unused(self, [name for name in _REFERENCE_OPTIONS if name not in read], "without a reference model")
+        # The pass that stores the reference log-probs reads its batch size
+        self._refuse_reference_options(*["precompute_ref_batch_size"] if self.logit_mode == "reference" else [])
 
 
 def mpo_pair_loss(logits: torch.Tensor, label_prob: torch.Tensor | None = None) -> torch.Tensor:

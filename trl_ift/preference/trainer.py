@@ -123,8 +123,9 @@ class PreferenceConfig(ExtensionConfig, DPOConfig):
         """Refuse options that only TRL's losses read, but for those that the method uses too."""
         check_unused(self, [name for name in _LOSS_OPTIONS if name not in used], "on this method's loss")
 
-    def _refuse_reference_options(self) -> None:
-        check_unused(self, _REFERENCE_OPTIONS, "without a reference model")
+    def _refuse_reference_options(self, *used: str) -> None:
+        """Refuse options of a reference model, but for those that the method uses too."""
+        check_unused(self, [name for name in _REFERENCE_OPTIONS if name not in used], "without a reference model")
 
 
 @dataclass(frozen=True)
@@ -397,9 +398,9 @@ class PreferenceTrainer(ExtensionTrainer, DPOTrainer):
     def _declare(self, args: Any) -> None:
         """Hook: set `branches`, `columns` or `uses_reference` where they depend on the config. Runs before all else."""
 
-    def pair_loss(self, batch: PreferenceBatch) -> torch.Tensor:
-        """Loss of each pair, shape (B,); weights and the mean over the pairs follow. Here: TRL's losses are used."""
-        raise NotImplementedError
+    def pair_loss(self, batch: PreferenceBatch) -> torch.Tensor | None:
+        """Loss of each pair, shape (B,); weights and the mean over the pairs follow. Here: none, but TRL's `loss_type`."""
+        return None
 
     def branch_terms(self, batch: PreferenceBatch) -> Iterable[Term]:
         """Summands of the loss with a normalisation of their own. Here: none."""
@@ -694,8 +695,7 @@ class PreferenceTrainer(ExtensionTrainer, DPOTrainer):
 
         if self._counts_steps:
             batch = self._batch(tap.output, pairs, extra, ref_token_logps)
-            if self._has_own_loss:
-                losses = self.pair_loss(batch)
+            if (losses := self.pair_loss(batch)) is not None:
                 total = (losses if tap.weight is None else losses * tap.weight).sum()
                 loss = loss + self._value(Term(total, "chosen", "row"), inputs)
             for term in self.branch_terms(batch):
