@@ -9,7 +9,7 @@ import sys
 
 import tiny
 
-from trl_ift.data import generation
+from trl_ift.data import generation, shards
 
 
 OPTIONS = {"num_completions": 2, "max_new_tokens": 12, "shard_size": 2, "batch_tokens": 300, "seed": 7}
@@ -23,7 +23,7 @@ def main(model_dir: str, output_dir: str) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         replace(source, target)
 
-    generation.os.replace = killed
+    shards.os.replace = killed
     generation.generate_completions(model_dir, tiny.conversational_data(), output_dir, **OPTIONS)
 
 

@@ -12,22 +12,23 @@ import textwrap
 import types
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 import trl
 from accelerate.utils import broadcast_object_list
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from packaging.version import Version
 from torch.distributed.tensor import DTensor
-from trl import DPOTrainer, SFTTrainer
+from trl import DPOTrainer, SFTTrainer, get_training_chat_template
+from trl.chat_template_utils import has_generation_markers
 from trl.cli.accelerate_config import resolve_accelerate_config_argument
 from trl.data_utils import _tokenize as tokenize
 from trl.data_utils import common_prefix_length
 from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 from trl.scripts.env import print_env
-from trl.trainer import dpo_trainer
+from trl.trainer import dpo_trainer, sft_trainer
 from trl.trainer import utils as trl_utils
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import (
@@ -64,6 +65,7 @@ __all__ = [
     "global_then_local_main_first",
     "keep_4bit_trainable_on_cpu",
     "pad",
+    "prepare_sft_rows",
     "print_env",
     "resolve_accelerate_config_argument",
     "score_labelled_positions_only",
@@ -376,6 +378,46 @@ def keep_4bit_trainable_on_cpu(model: torch.nn.Module) -> None:
                 "gradients through it would be wrong. Load the model again and pass it to the trainer before running "
                 "it, or pass the model's path together with `quantization_config`."
             )
+
+
+# ---------------------------------------------------------------- SFTTrainer
+
+
+def prepare_sft_rows(
+    dataset: IterableDataset,
+    tokenizer: Any,
+    *,
+    max_length: int | None,
+    truncation_mode: str,
+    completion_only_loss: bool,
+    assistant_only_loss: bool,
+    dataset_text_field: str,
+) -> IterableDataset:
+    """Return the rows as [`~trl.SFTTrainer`] would train on them: `input_ids` and `labels`, beside the columns there were.
+
+    Lazily, without a trainer, in the order of the dataset, without packing, and without the waiting for other processes, which
+    here may be at other rows. Rows that truncation leaves without a label are dropped, as TRL does.
+    """
+    template = None
+    if assistant_only_loss and not has_generation_markers(tokenizer.chat_template):
+        template = get_training_chat_template(tokenizer)
+    # What the method reads of its trainer and of its config
+    trainer = types.SimpleNamespace(
+        _tokenizer=tokenizer, chat_template=template, completion_only_loss=completion_only_loss
+    )
+    args = types.SimpleNamespace(
+        max_length=max_length,
+        truncation_mode=truncation_mode,
+        assistant_only_loss=assistant_only_loss,
+        dataset_text_field=dataset_text_field,
+        shuffle_dataset=False,
+    )
+    original = sft_trainer.global_then_local_main_first
+    sft_trainer.global_then_local_main_first = nullcontext
+    try:
+        return SFTTrainer._prepare_dataset(trainer, dataset, tokenizer, args, False, None, "scored")
+    finally:
+        sft_trainer.global_then_local_main_first = original
 
 
 # ---------------------------------------------------------------- DPOTrainer

@@ -1,4 +1,4 @@
-"""From dataset to dataset: samples of a model, triples from scored responses."""
+"""From dataset to dataset: samples of a model, triples from scored responses, scores and selections of rows."""
 
 from importlib import import_module
 from typing import Any
@@ -6,10 +6,19 @@ from typing import Any
 
 # Public name -> module; imported on first use
 _NAMES = {
+    "DIRECT_PROMPT": "scoring",
+    "SELECTIONS": "lobass",
+    "Scorer": "scoring",
     "build_triples": "triples",
     "generate_completions": "generation",
+    "learnability": "lobass",
     "load_completions": "generation",
+    "load_scores": "scoring",
     "model_fingerprint": "fingerprint",
+    "score_dataset": "scoring",
+    "select_top": "lobass",
+    "selection_scores": "lobass",
+    "top_rows": "lobass",
 }
 __all__ = list(_NAMES)
 

@@ -9,14 +9,11 @@ import hashlib
 import inspect
 import io
 import json
-import logging
 import os
-import signal
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -26,39 +23,44 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import torch
-import yaml
 from accelerate import PartialState
-from accelerate.utils import is_peft_model
 from datasets import Dataset, Features, IterableDataset, List, Value, load_dataset
 from peft import PeftModel
 from tqdm import tqdm
-from transformers import (
-    AutoTokenizer,
-    GenerationConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    ProcessorMixin,
-)
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 from trl import ModelConfig, extract_prompt, get_quantization_config
 
-from ..checks import check_choice, check_model_source, check_quantization, check_range
+from ..checks import check_choice, check_quantization, check_range
 from ..hub.card import library_versions
-from ..scripts.data import load_named
+from ..scripts.data import load_split
+from ..scripts.tools import launch, options_of_config
 from ..scripts.train import INPUT_ERRORS, report_error, usage_error
-from ..trl_internals import (
-    add_fused_lm_head,
-    create_model_from_path,
-    get_config_model_id,
-    keep_4bit_trainable_on_cpu,
-    score_labelled_positions_only,
-    tokenize,
-)
+from ..trl_internals import get_config_model_id, tokenize
 from .fingerprint import base_model, model_fingerprint
+from .inference import (
+    batches,
+    check_adapter,
+    check_model,
+    lent,
+    load_model,
+    load_tokenizer,
+    sequence_log_probs,
+    tokenizer_digest,
+)
+from .shards import (
+    MANIFEST,
+    check_manifest,
+    differing_versions,
+    read_manifest,
+    remove_scratch_files,
+    wait_until,
+    write_file,
+    write_manifest,
+)
 
 
 BACKENDS = ("transformers", "vllm")
 _FORMAT = 1
-MANIFEST = "manifest.json"
 
 # Samples one completion (token ids, possibly with more behind its EOS) for each prompt (token ids), from a seed
 Sampler = Callable[[list[list[int]], int], list[list[int]]]
@@ -202,23 +204,24 @@ def generate_completions(
     if quantization_config is not None:
         init_kwargs["quantization_config"] = quantization_config
     state = PartialState(cpu=not torch.accelerator.is_available())  # without `cpu`, processes on a CPU are not a group
-    _check_model(model, processing_class, adapter, init_kwargs, vllm_kwargs, backend, state)
-    tokenizer = _load_tokenizer(model, processing_class, init_kwargs)
+    check_model(model, processing_class, adapter, init_kwargs)
+    _check_backend(model, adapter, init_kwargs, vllm_kwargs, backend, state)
+    tokenizer = load_tokenizer(model, processing_class, init_kwargs)
     dataset = _only_prompts(dataset)
     first_prompt, _ = _tokenize_prompt(next(iter(dataset)), 0, tokenizer)  # a template that fails does so here
-    recorded = asdict(settings) | _record_prompts(dataset) | {"tokenizer": _tokenizer_digest(tokenizer)}
-    _check_folder(folder, recorded)
+    recorded = asdict(settings) | _record_prompts(dataset) | {"tokenizer": tokenizer_digest(tokenizer)}
+    check_manifest(folder, _FORMAT, recorded, "completions")
 
     source = model if isinstance(model, str) else get_config_model_id(model.config)
     if isinstance(model, str):
-        model = _load_model(model, adapter, init_kwargs, state)
-    _check_adapter(model)
+        model = load_model(model, adapter, init_kwargs, state.device if state.num_processes > 1 else None)
+    check_adapter(model)
     limit = _prompt_limit(model, settings)
     recorded |= {
         "policy": model_fingerprint(model) + settings.off_policy(),
         "dtype": str(model.dtype).removeprefix("torch."),
     }
-    _check_folder(folder, recorded)
+    check_manifest(folder, _FORMAT, recorded, "completions")
     if state.is_main_process:
         _claim_folder(folder, {"model": source, "adapter": adapter, "settings": recorded})
     state.wait_for_everyone()
@@ -243,7 +246,7 @@ def generate_completions(
         features=_features(dataset, first_prompt, score),
     )
     try:
-        with _lent(model), _Progress(dataset, settings, state) as progress:
+        with lent(model), _Progress(dataset, settings, state) as progress:
             shards, prompts = 0, 0
             for shard, rows in enumerate(_split(dataset, shard_size)):
                 shards, prompts = shard + 1, prompts + len(rows)
@@ -253,11 +256,11 @@ def generate_completions(
                     progress.skip(len(rows))
                 else:
                     writer.write(shard, rows, progress)
-        _wait_until(lambda: all(shard_path(folder, shard).is_file() for shard in range(shards)))
+        wait_until(lambda: all(shard_path(folder, shard).is_file() for shard in range(shards)))
         if state.is_main_process:
             _complete(folder, shards, prompts, limit, progress.tokens_per_second)
         # By the file, not by a collective: those have timeouts, which a slower process may exceed
-        _wait_until(lambda: read_manifest(folder)["complete"])
+        wait_until(lambda: read_manifest(folder)["complete"])
     except KeyboardInterrupt:
         if state.is_main_process:
             print(
@@ -291,28 +294,14 @@ def load_completions(folder: str | os.PathLike) -> Dataset:
 # ---------------------------------------------------------------- model and tokenizer
 
 
-def _check_model(
+def _check_backend(
     model: Any,
-    processing_class: Any,
     adapter: str | None,
     init_kwargs: dict[str, Any],
     vllm_kwargs: dict[str, Any] | None,
     backend: str,
     state: PartialState,
 ) -> None:
-    if not isinstance(model, str | PreTrainedModel | PeftModel):
-        raise TypeError(
-            f"`model` is a {type(model).__name__}; expected a Hub id, a folder, a `PreTrainedModel` or a `PeftModel`."
-        )
-    check_model_source(model, processing_class)
-    check_quantization(init_kwargs.get("quantization_config"))
-    if not isinstance(model, str) and (adapter is not None or init_kwargs):
-        raise ValueError(
-            "`adapter`, `model_init_kwargs` and `quantization_config` are for a model that is named by a string; `model` is "
-            f"a {type(model).__name__}. Apply them when you load it, and drop them here."
-        )
-    if adapter is not None and Path(adapter).is_dir() and not (Path(adapter) / "adapter_config.json").is_file():
-        raise ValueError(f"The adapter folder `{adapter}` has no `adapter_config.json`: it holds no PEFT adapter.")
     if backend != "vllm":
         if vllm_kwargs is not None:
             raise ValueError(f"`vllm_kwargs` has no effect with `backend={backend!r}`. Drop it.")
@@ -329,36 +318,6 @@ def _check_model(
         )
     if find_spec("vllm") is None:
         raise ImportError("`backend='vllm'`, but vLLM is not installed. Run `pip install vllm`.")
-
-
-def _check_adapter(model: PreTrainedModel | PeftModel) -> None:
-    if is_peft_model(model) and model.active_peft_config.is_prompt_learning:
-        raise ValueError(
-            f"The adapter is prompt-learning PEFT ({type(model.active_peft_config).__name__}), which is not supported: in a "
-            "batch, padding would come between its virtual tokens and the prompts. Use an adapter such as LoRA."
-        )
-
-
-def _load_tokenizer(model: Any, processing_class: Any, init_kwargs: dict[str, Any]) -> PreTrainedTokenizerBase:
-    if processing_class is None:
-        source = model if isinstance(model, str) else get_config_model_id(model.config)
-        options = {name: init_kwargs[name] for name in ("revision", "trust_remote_code") if name in init_kwargs}
-        processing_class = AutoTokenizer.from_pretrained(source, **options)
-    return processing_class.tokenizer if isinstance(processing_class, ProcessorMixin) else processing_class
-
-
-def _tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    parts = [sorted(tokenizer.get_vocab().items()), tokenizer.eos_token, repr(tokenizer.chat_template)]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
-
-
-def _load_model(
-    source: str, adapter: str | None, init_kwargs: dict[str, Any], state: PartialState
-) -> PreTrainedModel | PeftModel:
-    if state.num_processes > 1 and state.device.type not in ("cpu", "mps"):
-        init_kwargs = {"device_map": {"": state.device}} | init_kwargs  # TRL's "auto" would take all GPUs
-    model = create_model_from_path(source, **init_kwargs)
-    return model if adapter is None else PeftModel.from_pretrained(model, adapter)
 
 
 def _special_ids(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], int]:
@@ -386,32 +345,6 @@ def _prompt_limit(model: PreTrainedModel | PeftModel, settings: Settings) -> int
             "tokens. Lower it."
         )
     return room if settings.max_prompt_length is None else min(room, settings.max_prompt_length)
-
-
-@contextmanager
-def _lent(model: PreTrainedModel | PeftModel) -> Iterator[None]:
-    """Make the model ready to sample and to score, and give it back as it was, with torch's random state."""
-    base = base_model(model)
-    keep_4bit_trainable_on_cpu(model)
-    modes = [(module, module.training) for module in model.modules()]
-    generation_config, forward = base.generation_config, vars(base).get("forward")
-    device_type = model.device.type
-    devices = {parameter.device.index for parameter in model.parameters() if parameter.device.type == device_type}
-    with torch.no_grad(), torch.random.fork_rng(sorted(devices - {None}), device_type=device_type):
-        try:
-            model.eval()
-            # `generate` fills whatever the config that it is given leaves open from this one
-            base.generation_config = GenerationConfig()
-            add_fused_lm_head(base)
-            score_labelled_positions_only(base)
-            yield
-        finally:
-            for module, training in modes:
-                module.training = training
-            base.generation_config = generation_config
-            vars(base).pop("forward", None)
-            if forward is not None:
-                base.forward = forward
 
 
 # ---------------------------------------------------------------- prompts
@@ -524,7 +457,7 @@ def _features(dataset: Dataset | IterableDataset, first_prompt: str | list, scor
 def transformers_sampler(
     model: PreTrainedModel | PeftModel, settings: Settings, end_ids: list[int], pad_id: int
 ) -> Sampler:
-    """Sample with `model.generate`. Seeds torch's generators; call it within `_lent(model)`."""
+    """Sample with `model.generate`. Seeds torch's generators; call it within `lent(model)`."""
     options: dict[str, Any] = {"do_sample": False}
     if settings.temperature > 0:
         options = {
@@ -592,45 +525,6 @@ def vllm_sampler(
     return sample
 
 
-def sequence_log_probs(
-    model: PreTrainedModel | PeftModel,
-    sequences: list[tuple[list[int], list[int]]],
-    batch_tokens: int,
-    pad_id: int,
-) -> list[float]:
-    """Return log p(completion | prompt) of each pair of token ids, in nats. Call it within `_lent(model)`."""
-    lengths = [len(prompt) + len(completion) for prompt, completion in sequences]
-    log_probs = [0.0] * len(sequences)
-    for batch in _batches(lengths, batch_tokens):
-        shape = (len(batch), lengths[batch[0]])
-        ids, mask, labels = torch.full(shape, pad_id), torch.zeros(shape, dtype=torch.long), torch.full(shape, -100)
-        for row, index in enumerate(batch):
-            prompt, completion = sequences[index]
-            ids[row, : lengths[index]] = torch.tensor(prompt + completion)
-            mask[row, : lengths[index]] = 1
-            labels[row, len(prompt) : lengths[index]] = torch.tensor(completion)
-        output = model(
-            input_ids=ids.to(model.device),
-            attention_mask=mask.to(model.device),
-            labels=labels.to(model.device),
-            fused_lm_head=True,
-            use_cache=False,
-        )
-        for index, value in zip(batch, output.log_probs.float().sum(1).tolist(), strict=True):
-            log_probs[index] = value
-    return log_probs
-
-
-def _batches(lengths: list[int], batch_tokens: float) -> list[list[int]]:
-    """Return the indices in batches of like length, the longest first, each of at most `batch_tokens` with padding."""
-    batches: list[list[int]] = []
-    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
-        if not batches or (len(batches[-1]) + 1) * lengths[batches[-1][0]] > batch_tokens:
-            batches.append([])
-        batches[-1].append(index)
-    return batches
-
-
 def _batch_seed(seed: int, shard: int, batch: int) -> int:
     digest = hashlib.sha256(f"{seed}/{shard}/{batch}".encode()).digest()
     return int.from_bytes(digest[:7], "big")  # signed 64-bit integers hold it, also with the number of a row added
@@ -666,19 +560,22 @@ class _ShardWriter:
                 )
         self._sample(shard, rows, progress)
         if self.settings.score:
-            pairs = [(row["prompt_ids"], row["completion_ids"]) for row in rows]
-            log_probs = sequence_log_probs(self.model, pairs, self.settings.batch_tokens, self.pad_id)
+            sequences = [
+                (row["prompt_ids"] + row["completion_ids"], [-100] * len(row["prompt_ids"]) + row["completion_ids"])
+                for row in rows
+            ]
+            log_probs = sequence_log_probs(self.model, sequences, self.settings.batch_tokens, self.pad_id)
             for row, value in zip(rows, log_probs, strict=True):
                 row["ref_logps"] = value
         columns = {name: [row[name] for row in rows] for name in self.features}
-        _write(shard_path(self.folder, shard), _to_parquet(Dataset.from_dict(columns, features=self.features)))
+        write_file(shard_path(self.folder, shard), _to_parquet(Dataset.from_dict(columns, features=self.features)))
 
     def _sample(self, shard: int, rows: list[dict[str, Any]], progress: "_Progress") -> None:
         """Add the completions to the rows of a shard."""
         lengths = [len(row["prompt_ids"]) + self.settings.max_new_tokens for row in rows]
         # vLLM makes batches of its own
         batch_tokens = float("inf") if self.settings.backend == "vllm" else self.settings.batch_tokens
-        for number, batch in enumerate(_batches(lengths, batch_tokens)):
+        for number, batch in enumerate(batches(lengths, batch_tokens)):
             chosen = [rows[index] for index in batch]
             seed = _batch_seed(self.settings.seed, shard, number)
             sampled = self.sampler([row["prompt_ids"] for row in chosen], seed)
@@ -743,48 +640,17 @@ def shard_path(folder: Path, shard: int) -> Path:
     return folder / f"completions-{shard:05d}.parquet"
 
 
-def read_manifest(folder: str | os.PathLike) -> dict[str, Any]:
-    """Return what `manifest.json` says: how the completions were made, whether all are there, and their totals."""
-    return json.loads((Path(folder) / MANIFEST).read_text(encoding="utf-8"))
-
-
-def _check_folder(folder: Path, recorded: dict[str, Any]) -> None:
-    """Raise if the folder holds data that the shards to come must not be mixed with."""
-    if not (folder / MANIFEST).is_file():
-        found = sorted(path.name for path in folder.glob("*.parquet"))
-        if found:
-            raise ValueError(
-                f"`output_dir='{folder}'` holds data of other origin ({', '.join(found[:3])}; there is no {MANIFEST}). "
-                "Choose another `output_dir`."
-            )
-        return
-    manifest = read_manifest(folder)
-    if manifest.get("format") != _FORMAT:
-        raise ValueError(
-            f"`output_dir='{folder}'` holds a {MANIFEST} that this version of `generate_completions` did not write. Choose "
-            "another `output_dir`."
-        )
-    found = manifest["settings"]
-    differing = [f"{name}={found.get(name)!r} (now {v!r})" for name, v in recorded.items() if found.get(name) != v]
-    if differing:
-        raise ValueError(
-            f"`output_dir='{folder}'` holds completions that were made with {', '.join(differing)}. Choose another "
-            "`output_dir`, or, to go on there, give the same again."
-        )
-
-
 def _claim_folder(folder: Path, contents: dict[str, Any]) -> None:
     """Write the manifest, or, where there is one, compare the library versions."""
     versions = library_versions()
     if not (folder / MANIFEST).is_file():
         folder.mkdir(parents=True, exist_ok=True)
-        _write_manifest(folder, {"format": _FORMAT, **contents, "versions": versions, "complete": False})
+        write_manifest(folder, {"format": _FORMAT, **contents, "versions": versions, "complete": False})
         return
     found = read_manifest(folder)["versions"]
-    differing = [f"{name} {found.get(name)} (now {now})" for name, now in versions.items() if found.get(name) != now]
-    if differing:
+    if differing := differing_versions(found, versions):
         warnings.warn(
-            f"The first completions in '{folder}' were made with {', '.join(differing)}: the rest may not be what an "
+            f"The first completions in '{folder}' were made with {differing}: the rest may not be what an "
             "uninterrupted run would have given."
         )
 
@@ -810,26 +676,13 @@ def _complete(folder: Path, shards: int, prompts: int, limit: int | None, tokens
         "skipped": skipped,
         "tokens_per_second": tokens_per_second,
     }
-    _write_manifest(folder, read_manifest(folder) | {"complete": True, "shards": shards, "totals": totals})
+    remove_scratch_files(folder)
+    write_manifest(folder, read_manifest(folder) | {"complete": True, "shards": shards, "totals": totals})
 
 
 def _load_shards(folder: Path, shards: int) -> Dataset:
     files = [str(shard_path(folder, shard)) for shard in range(shards)]
     return load_dataset("parquet", data_files=files, split="train")
-
-
-def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
-    _write(folder / MANIFEST, (json.dumps(manifest, indent=2) + "\n").encode())
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Write a file so that it is there whole, or not at all."""
-    scratch = path.with_name(f".{path.name}.tmp")
-    with open(scratch, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(scratch, path)
 
 
 def _to_parquet(dataset: Dataset) -> bytes:
@@ -838,11 +691,6 @@ def _to_parquet(dataset: Dataset) -> bytes:
         if len(table):  # datasets cannot read an empty row group
             writer.write_table(table)
     return buffer.getvalue()
-
-
-def _wait_until(condition: Callable[[], bool]) -> None:
-    while not condition():
-        time.sleep(0.2)
 
 
 # ---------------------------------------------------------------- the command line
@@ -899,11 +747,11 @@ def main(argv: list[str]) -> int:
     """Run `trl-ift generate`; return 0, 1 after an error that its message explains, or 130 after Ctrl-C."""
     parser = make_parser()
     try:
-        args = parser.parse_args(_options_of_config(argv, parser) + argv)
+        args = parser.parse_args(options_of_config(argv, parser) + argv)
         if args.num_processes < 1:
             parser.error(f"--num_processes {args.num_processes} must be at least 1")
         if args.num_processes > 1 and "RANK" not in os.environ:
-            return _launch(args.num_processes, argv)
+            return launch(args.num_processes, "trl_ift.data.generation", argv)
         _generate(args)
     except KeyboardInterrupt:
         return 130
@@ -916,13 +764,7 @@ def _generate(args: argparse.Namespace) -> None:
     check_quantization(args)
     if args.max_rows is not None:
         check_range("max_rows", args.max_rows, 1, integer=True)
-    splits = load_named(args.dataset_name, args.dataset_config, args.dataset_streaming)
-    if args.dataset_split not in splits:
-        raise ValueError(
-            f"The dataset {args.dataset_name} has no split {args.dataset_split!r}; it has: {', '.join(map(repr, splits))}. "
-            "Name one with `--dataset_split`."
-        )
-    dataset = splits[args.dataset_split]
+    dataset = load_split(args.dataset_name, args.dataset_split, args.dataset_config, args.dataset_streaming)
     if args.max_rows is not None:
         dataset = dataset.take(args.max_rows)
     generate_completions(
@@ -948,50 +790,6 @@ def _summary(folder: str) -> str:
         f"{totals['tokens']} tokens" + ("" if speed is None else f" at {speed:.0f} tokens/s a process") + ", "
         f"{totals['truncated'] / totals['rows']:.1%} cut at {most} tokens.\nWritten to {folder}."
     )
-
-
-def _options_of_config(argv: list[str], parser: argparse.ArgumentParser) -> list[str]:
-    """Return the options in the YAML file of `--config`, as on the command line."""
-    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    finder.add_argument("--config")
-    file = finder.parse_known_args(argv)[0].config
-    if file is None:
-        return []
-    config = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
-    if not isinstance(config, dict):
-        raise ValueError(f"`--config {file}`: expected `option: value` lines, found {type(config).__name__}.")
-    switches = {action.dest for action in parser._actions if action.nargs == 0}
-    options = []
-    for name, value in config.items():
-        if name not in switches:
-            options.append(f"--{name}={value}")
-        elif value:
-            options.append(f"--{name}")
-    return options
-
-
-def _launch(num_processes: int, argv: list[str]) -> int:
-    """Run the command in several processes of this machine, and return the exit code."""
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.run import main as torchrun
-
-    if not torch.accelerator.is_available():
-        os.environ.setdefault("OMP_NUM_THREADS", str(max(torch.get_num_threads() // num_processes, 1)))
-    program = ["--module", "trl_ift.data.generation", *argv]
-    logging.disable(logging.ERROR)  # torchrun's: a process that fails says why itself
-    try:
-        torchrun(["--standalone", "--nproc-per-node", str(num_processes), *program])
-        return 0
-    except ChildFailedError as error:
-        code = error.get_first_failure()[1].exitcode
-    except SignalException as error:
-        code = -error.sigval
-    finally:
-        logging.disable(logging.NOTSET)
-    if code == -signal.SIGKILL:
-        print("A process was killed (SIGKILL): most often, the machine ran out of memory.", file=sys.stderr)
-    return 128 - code if code < 0 else code
 
 
 if __name__ == "__main__":

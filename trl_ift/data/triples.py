@@ -423,15 +423,9 @@ def main(argv: list[str]) -> int:
 def _run(args: argparse.Namespace) -> None:
     output = args.output.expanduser()
     _check_output(output, Path(args.dataset_name).expanduser(), args.overwrite)
-    from trl_ift.scripts.data import load_named
+    from trl_ift.scripts.data import load_split
 
-    splits = load_named(args.dataset_name, args.dataset_config)
-    if args.dataset_split not in splits:
-        raise ValueError(
-            f"The dataset {args.dataset_name} has no split {args.dataset_split!r}; it has: {', '.join(map(repr, splits))}. "
-            "Name one with `--dataset_split`."
-        )
-    dataset = splits[args.dataset_split]
+    dataset = load_split(args.dataset_name, args.dataset_split, args.dataset_config)
     names = ("responses_column", "scores_column", "strategy", "k", "min_margin", "on_ties", "gold_column", "seed")
     triples, counts = _build(dataset, {name: getattr(args, name) for name in names}, None)
     _write(triples, output)

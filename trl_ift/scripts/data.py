@@ -73,6 +73,12 @@ def load_named(name: str, config: str | None = None, streaming: bool = False) ->
     return _read(name, load_dataset, name, name=config, streaming=streaming)
 
 
+def load_split(name: str, split: str, config: str | None = None, streaming: bool = False) -> Any:
+    """Load one split of what `load_named` loads, for commands with the option `--dataset_split`."""
+    splits = load_named(name, config, streaming)
+    return _pick(splits, name, split, "Name one with `--dataset_split`.")
+
+
 def _load_mixture(dataset_args: Any) -> Any:
     from trl import get_dataset
 

@@ -1,0 +1,85 @@
+"""Folders of shards beside a manifest: written whole or not at all, so that an interruption costs one shard at most."""
+
+import json
+import os
+import socket
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+
+MANIFEST = "manifest.json"
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write a file so that it is there whole, or not at all."""
+    # Unique, so that two processes that write the same file do not mix
+    scratch = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
+    try:
+        with open(scratch, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(scratch, path)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def remove_scratch_files(folder: Path) -> None:
+    """Remove what writers that were killed have left behind. Call it when no file is being written any more."""
+    for kind in ("parquet", "json"):
+        for scratch in folder.glob(f".*.{kind}.*.tmp"):
+            scratch.unlink(missing_ok=True)
+
+
+def read_manifest(folder: str | os.PathLike) -> dict[str, Any]:
+    """Return what `manifest.json` says: how the shards were made, and what is known of their number and totals."""
+    return json.loads((Path(folder) / MANIFEST).read_text(encoding="utf-8"))
+
+
+def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
+    write_file(folder / MANIFEST, (json.dumps(manifest, indent=2) + "\n").encode())
+
+
+def check_manifest(folder: Path, format_: Any, settings: Mapping[str, Any], what: str) -> None:
+    """Raise if the folder holds data that the shards to come must not be mixed with.
+
+    Args:
+        folder: Folder of the shards; it need not be there.
+        format_: What the manifest must say of its format.
+        settings: What the shards to come depend on, as far as it is known.
+        what: How the messages call the data.
+    """
+    if not (folder / MANIFEST).is_file():
+        found = sorted(path.name for path in folder.glob("*.parquet"))
+        if found:
+            raise ValueError(
+                f"`output_dir='{folder}'` holds data of other origin ({', '.join(found[:3])}; there is no {MANIFEST}). "
+                "Choose another `output_dir`."
+            )
+        return
+    manifest = read_manifest(folder)
+    if manifest.get("format") != format_:
+        raise ValueError(
+            f"`output_dir='{folder}'` holds a {MANIFEST} that this version of the library did not write for {what}. Choose "
+            "another `output_dir`."
+        )
+    found = manifest["settings"]
+    differing = [f"{name}={found.get(name)!r} (now {v!r})" for name, v in settings.items() if found.get(name) != v]
+    if differing:
+        raise ValueError(
+            f"`output_dir='{folder}'` holds {what} that were made with {', '.join(differing)}. Choose another `output_dir`, "
+            "or, to go on there, give the same again."
+        )
+
+
+def differing_versions(found: Mapping[str, str], now: Mapping[str, str]) -> str:
+    """Return the library versions that are not what they were, as text."""
+    return ", ".join(f"{name} {found.get(name)} (now {v})" for name, v in now.items() if found.get(name) != v)
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    """Wait for what other processes write. Not by a collective: those have timeouts, which a slower process may exceed."""
+    while not condition():
+        time.sleep(0.2)
