@@ -47,6 +47,9 @@ OPTIONS = {
         "loss_type": ({}, "hinge"),
         "beta": ({}, 0.5),
     },
+    "davir-dpo": {
+        "beta": ({}, 1.0),
+    },
     "mpo": {
         "logit_mode": ({}, "length_norm"),
         "logit_scale": ({}, 0.5),
@@ -87,6 +90,7 @@ def mpo_data(settings):
 DATA = {
     "ift": lambda settings: {"train_dataset": tiny.prompt_completion_data()},
     "dpo": lambda settings: {"train_dataset": tiny.preference_data()},
+    "davir-dpo": lambda settings: {"train_dataset": tiny.preference_data()},
     "mpo": mpo_data,
     "tpo": lambda settings: {"train_dataset": tiny.triple_data()},
 }

@@ -26,8 +26,12 @@ from .registry import METHODS, Method, get_method, methods_table
 _TOOLS = {
     "generate": ("trl_ift.data.generation", "Sample completions of a model for a prompt dataset"),
     "triples": ("trl_ift.data.triples", "Build triples (gold, chosen, rejected) from scored responses"),
+    "score": ("trl_ift.data.scoring", "Write the loss of every row of an SFT dataset under a model"),
+    "select": ("trl_ift.data.selection", "Select rows of an SFT dataset by their scores, with a report"),
     "demo": ("trl_ift.demo", "Fine-tune a small chat model on this machine and write a report"),
 }
+
+_LOBASS = "Select rows by LoBaSS: train the reference, score twice, select, report"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -41,9 +45,13 @@ def main(argv: list[str] | None = None) -> int:
     methods = [method.name for method in METHODS]
     if command in methods:
         return _train(get_method(command), rest)
+    if command == "lobass":
+        from .scripts.lobass import make_parser
+
+        return _run_launched(make_parser(), "lobass.py", [], rest)
     if command in _TOOLS:
         return import_module(_TOOLS[command][0]).main(rest)
-    known = [*methods, "methods", *_TOOLS, "env"]
+    known = [*methods, "methods", "lobass", *_TOOLS, "env"]
     if not command.startswith("-") and command not in known:
         near = get_close_matches(command, known, n=1)
         hint = f"Did you mean `trl-ift {near[0]}`?" if near else f"The commands are: {', '.join(known)}."
@@ -70,6 +78,7 @@ def _make_parser() -> argparse.ArgumentParser:
         commands.add_parser(method.name, help=f"Train with {method.title}: {method.summary}", add_help=False)
     methods = commands.add_parser("methods", help="List the methods, their data and papers", allow_abbrev=False)
     methods.add_argument("--markdown", action="store_true", help="as a Markdown table")
+    commands.add_parser("lobass", help=_LOBASS, add_help=False)
     for name, (_, summary) in _TOOLS.items():
         commands.add_parser(name, help=summary, add_help=False)
     commands.add_parser("env", help="Print versions and hardware, for bug reports", allow_abbrev=False)
@@ -107,28 +116,32 @@ def _print_env() -> None:
     print(f"{text.getvalue().rstrip()}\n- trl-ift version: {__version__}\n")
 
 
-# ---------------------------------------------------------------- training commands
+# ---------------------------------------------------------------- launched commands
 
 
 def _train(method: Method, argv: list[str]) -> int:
     """Launch the training script of `method` with accelerate; return the exit code of the training."""
-    from .scripts.train import INPUT_ERRORS, make_parser, report_error
+    from .scripts.train import make_parser
 
-    prog = f"trl-ift {method.name}"
-    parser = make_parser(method, prog)
+    return _run_launched(make_parser(method, f"trl-ift {method.name}"), "train.py", [method.name], argv)
+
+
+def _run_launched(parser: Any, script: str, leading: list[str], argv: list[str]) -> int:
+    """Launch a script of `scripts/`, whose options `parser` knows, with accelerate; return its exit code."""
+    from .scripts.train import INPUT_ERRORS, report_error
+
     if "-h" in argv or "--help" in argv:
         parser.print_help()
         parser.exit()
     try:
-        launch_args = _launch_arguments(parser, method, argv)
-        return _launch(launch_args)
+        return _launch(_launch_arguments(parser, script, leading, argv))
     except INPUT_ERRORS as error:
-        return report_error(prog, error)
+        return report_error(parser.prog, error)
     except KeyboardInterrupt:
         return 130
 
 
-def _launch_arguments(parser: Any, method: Method, argv: Sequence[str]) -> argparse.Namespace:
+def _launch_arguments(parser: Any, script: str, leading: list[str], argv: Sequence[str]) -> argparse.Namespace:
     """Deal the command line and the YAML file out to the script and to `accelerate launch`; parse the latter's part."""
     from accelerate.commands.launch import launch_command_parser
 
@@ -167,9 +180,9 @@ def _launch_arguments(parser: Any, method: Method, argv: Sequence[str]) -> argpa
         from_file = _launcher_options(config_file, parser, launcher, launch_options)
         to_launcher = [token for pair in from_file if pair[0] not in to_launcher for token in pair] + to_launcher
     to_launcher = resolve_accelerate_config_argument(to_launcher)
-    script = str(Path(__file__).parent / "scripts" / "train.py")
-    args = launcher.parse_args([*to_launcher, script, method.name, *to_script])
-    if args.training_script != script:
+    path = str(Path(__file__).parent / "scripts" / script)
+    args = launcher.parse_args([*to_launcher, path, *leading, *to_script])
+    if args.training_script != path:
         parser.error(f"unexpected argument {args.training_script!r}")
     return args
 

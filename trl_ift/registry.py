@@ -45,6 +45,7 @@ class Method:
 METHODS = (
     Method("ift", "Intuitive Fine-Tuning", "trl_ift.supervised.ift", "IFTTrainer", "IFTConfig", "language modeling, prompt-completion", "2405.11870", "alignment from SFT data: no pairs, no reference model"),  # noqa: E501
     Method("dpo", "Direct Preference Optimization", "trl_ift.preference.trainer", "PreferenceTrainer", "PreferenceConfig", "preference", "2305.18290", "TRL's DPO losses with row weights and the right reference; base of the methods below"),  # noqa: E501
+    Method("davir-dpo", "DavIR-DPO", "trl_ift.preference.davir_dpo", "DavIRDPOTrainer", "DavIRDPOConfig", "preference", "2310.13008", "DPO with each reward divided by the size of the response's reference log-prob, against effects of length"),  # noqa: E501
     Method("mpo", "Maximum Preference Optimization", "trl_ift.preference.mpo", "MPOTrainer", "MPOConfig", "preference, and samples of the starting model", "2312.16430", "bounded preference loss with a KL term that acts outside the pairs; no reference model"),  # noqa: E501
     Method("tpo", "Triple Preference Optimization", "trl_ift.preference.tpo", "TPOTrainer", "TPOConfig", "triples (gold, chosen, rejected)", "2405.16681", "SFT and preference optimisation in one stage; no reference model"),  # noqa: E501
 )

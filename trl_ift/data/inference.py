@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -72,6 +73,14 @@ def load_model(
         init_kwargs = {"device_map": {"": device}} | init_kwargs
     model = create_model_from_path(source, **init_kwargs)
     return model if adapter is None else PeftModel.from_pretrained(model, adapter)
+
+
+def own_device(processes: int) -> torch.device | None:
+    """The device of one of several processes of a launcher; `None` where TRL's choice is right."""
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if processes == 1 or accelerator is None or "LOCAL_RANK" not in os.environ:
+        return None
+    return torch.device(accelerator.type, int(os.environ["LOCAL_RANK"]))
 
 
 @contextmanager

@@ -25,7 +25,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from tqdm import tqdm
@@ -46,6 +45,7 @@ from .inference import (
     lent,
     load_model,
     load_tokenizer,
+    own_device,
     sequence_log_probs,
     tokenizer_digest,
 )
@@ -330,7 +330,7 @@ def score_dataset(
 
         source = model if isinstance(model, str) else get_config_model_id(model.config)
         if isinstance(model, str):
-            model = load_model(model, adapter, init_kwargs, _own_device(processes))
+            model = load_model(model, adapter, init_kwargs, own_device(processes))
         settings |= {"policy": model_fingerprint(model), "dtype": str(model.dtype).removeprefix("torch.")}
         revision = getattr(model.config, "_commit_hash", None)
         _claim(folder, settings, {"model": source, "revision": revision, "adapter": adapter})
@@ -586,14 +586,6 @@ def _check_part(part: tuple[int, int] | None) -> tuple[int, int]:
     if not 0 <= process < processes:
         raise ValueError(f"`part={part!r}`: the number of the job must lie in [0, {processes}), jobs count from 0.")
     return process, processes
-
-
-def _own_device(processes: int) -> torch.device | None:
-    """The device of one of several processes of a launcher; `None` where TRL's choice is right."""
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    if processes == 1 or accelerator is None or "LOCAL_RANK" not in os.environ:
-        return None
-    return torch.device(accelerator.type, int(os.environ["LOCAL_RANK"]))
 
 
 class _folder:

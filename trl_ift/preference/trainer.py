@@ -443,7 +443,7 @@ class PreferenceTrainer(ExtensionTrainer, DPOTrainer):
         return stored
 
     def _check_dataset(self, args: Any, dataset: Any, name: str, stored: bool) -> None:
-        columns = [*self._all_columns, *(Column(column) for column in _REF_COLUMNS if self.uses_reference)]
+        columns = [*self._all_columns, *(Column(column, high=1e-3) for column in _REF_COLUMNS if self.uses_reference)]
         check_preference_dataset(dataset, name, columns, self.branches)
         row = next(iter(dataset))
         if stored and _REF_COLUMNS[0] not in row:

@@ -168,11 +168,18 @@ def run(argv: list[str]) -> int:
 
 
 def parse(method: Method, argv: list[str], prog: str) -> tuple[Any, Any, Any, Any]:
-    """Parse the options of `method`, refusing unknown ones. On a machine without accelerator the CPU is the default."""
+    """Parse the options of `method`."""
+    return parse_options(make_parser(method, prog), argv, prog)
+
+
+def parse_options(parser: Any, argv: list[str], prog: str) -> tuple[Any, ...]:
+    """Parse the options of a launched script, refusing unknown ones. On a machine without accelerator the CPU is the default.
+
+    The second dataclass of the parser is the config of the training.
+    """
     import torch
     from accelerate.commands.launch import launch_command_parser
 
-    parser = make_parser(method, prog)
     wants_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true")  # `accelerate launch --cpu`
     if wants_cpu or not torch.accelerator.is_available():
         parser.set_defaults(use_cpu=True, bf16=False)
