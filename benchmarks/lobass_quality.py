@@ -25,7 +25,8 @@ from pathlib import Path
 os.environ.setdefault("CI", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-FRACTIONS = (0.06, 0.167)
+FRACTIONS = (0.06, 0.167)  # trained on
+SHARE_FRACTIONS = (*FRACTIONS, 0.5)  # counted
 SHARES = ("lobass", "rho_lm", "ifd", "superfiltering", "perplexity low", "perplexity high", "length", "random")
 
 
@@ -182,18 +183,21 @@ def run_seed(args, source: str, tokenizer, seed: int) -> None:
     direct = score_dataset(source, rows, folder / "direct", direct_prompt=DIRECT_PROMPT, **options)
     say("scored")
 
-    shares, chosen = {}, {}
+    shares, chosen, above_junk = {}, {}, {}
     for name in SHARES:
         selection, _, band = name.partition(" ")
         scores = selection_scores(selection, initial, reference, direct, band=band or "low", seed=seed)
-        for fraction in FRACTIONS:
+        above_junk[name] = probability_above(scores[kinds == "real"], scores[kinds == "junk"])
+        for fraction in SHARE_FRACTIONS:
             chosen[name, fraction] = top_rows(scores, fraction)
             found = kinds[chosen[name, fraction]]
             shares[f"{name}|{fraction}"] = {kind: float((found == kind).mean()) for kind in ("sum", "real", "junk")}
     shares["all|1"] = {kind: float((kinds == kind).mean()) for kind in ("sum", "real", "junk")}
     learnable = selection_scores("lobass", initial, reference)
     means = {kind: float(np.nanmean(learnable[kinds == kind])) for kind in ("sum", "real", "junk")}
-    (folder / "shares.json").write_text(json.dumps({"shares": shares, "mean_score": means}, indent=2))
+    (folder / "shares.json").write_text(
+        json.dumps({"shares": shares, "mean_score": means, "above_junk": above_junk}, indent=2)
+    )
 
     results = {"start": measure(args, source, None, tokenizer, held_out, questions, folder / "start.json")}
     say("start measured")
@@ -209,6 +213,14 @@ def run_seed(args, source: str, tokenizer, seed: int) -> None:
             )
             say(f"{name} {fraction:.1%}: {results[f'{name}|{fraction}']}")
     (folder / "results.json").write_text(json.dumps(results, indent=2))
+
+
+def probability_above(first, second) -> float:
+    """Share of all pairs in which the first scores higher; ties count half, dropped rows (NaN) as lowest."""
+    import numpy as np
+
+    first, second = (np.nan_to_num(values, nan=-np.inf) for values in (first, second))
+    return float(np.mean((first[:, None] > second) + 0.5 * (first[:, None] == second)))
 
 
 # ---------------------------------------------------------------- report
@@ -243,6 +255,9 @@ def report(args) -> None:
         columns = [spread([s["shares"][key][kind] for s in selections], 100, 1) for kind in ("sum", "real", "junk")]
         print(f"| {name} | {float(fraction):.1%} | {' | '.join(columns)} |")
     means = {kind: spread([s["mean_score"][kind] for s in selections]) for kind in ("sum", "real", "junk")}
+    print("\n| selection | P(SFT row above junk row) |\n| --- | --- |")
+    for name in selections[0]["above_junk"]:
+        print(f"| {name} | {spread([s['above_junk'][name] for s in selections])} |")
     print(f"\nMean learnability: sums {means['sum']}, SFT rows {means['real']}, junk {means['junk']}")
 
 

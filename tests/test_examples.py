@@ -9,6 +9,8 @@ import sys
 import tomllib
 from pathlib import Path
 
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import tiny
 from datasets import Dataset
@@ -74,6 +76,19 @@ def test_mpo(tmp_path, model_dir, pairs_dir):
     log = json.loads((tmp_path / "out" / "checkpoint-2" / "trainer_state.json").read_text())["log_history"]
     assert log[0]["rewards/margins"] == pytest.approx(0, abs=1e-4)
     assert log[0]["mpo/reg_kl"] == pytest.approx(0, abs=1e-3)  # the samples are the starting model's
+
+
+@pytest.mark.slow
+def test_lobass(tmp_path, model_dir, data_dir):
+    paths = ["--model_name_or_path", model_dir, "--dataset_name", data_dir, "--output_dir", "out"]
+    run = ["--max_steps", "2", "--learning_rate", "0.01", "--fraction", "0.5", "--report_to", "none"]
+    result = _python("lobass.py", *paths, *run, folder=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "Selected 4 of 8 rows" in result.stdout
+    table = pq.read_table(tmp_path / "out" / "selection" / "scores.parquet").to_pydict()
+    assert np.mean(table["loss_reference"]) < np.mean(table["loss_initial"])
+    assert sum(table["selected"]) == 4
+    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
 
 
 @pytest.mark.slow

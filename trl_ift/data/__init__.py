@@ -19,6 +19,7 @@ _NAMES = {
     "select_top": "lobass",
     "selection_scores": "lobass",
     "top_rows": "lobass",
+    "write_selection": "selection",
 }
 __all__ = list(_NAMES)
 

@@ -25,6 +25,7 @@ import numpy as np
 from datasets import Dataset, IterableDataset
 
 from ..checks import check_choice, check_range
+from .scoring import column_of
 
 
 DEFAULT_FRACTION = 0.06
@@ -76,7 +77,7 @@ def check_same_rows(first: Dataset | Any, second: Dataset | Any) -> None:
         ("row_hash", "they are of different datasets, or of another order of the rows"),
         ("token_hash", "the tokenizer, the chat template, `max_length`, the truncation or the masking differ"),
     ):
-        differing = np.asarray(first[column][:]) != np.asarray(second[column][:])
+        differing = column_of(first, column) != column_of(second, column)
         if differing.any():
             raise ValueError(
                 f"The scores do not belong together: {differing.sum()} of {len(first)} rows differ, the first is row "
@@ -85,8 +86,7 @@ def check_same_rows(first: Dataset | Any, second: Dataset | Any) -> None:
 
 
 def _losses(scores: Dataset | Any, column: str) -> np.ndarray:
-    values = scores[column][:] if isinstance(scores, Dataset) else scores
-    return np.asarray(values, dtype=np.float64)
+    return np.asarray(column_of(scores, column) if isinstance(scores, Dataset) else scores, dtype=np.float64)
 
 
 # ---------------------------------------------------------------- the selections that LoBaSS is compared with

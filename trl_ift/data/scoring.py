@@ -16,6 +16,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from itertools import islice
@@ -55,7 +56,6 @@ from .shards import (
     differing_versions,
     read_manifest,
     remove_scratch_files,
-    wait_until,
     write_file,
     write_manifest,
 )
@@ -147,7 +147,7 @@ class Scorer:
             Most tokens of a batch, padding included; bounds the memory. A longer row is a batch of its own.
         direct_prompt (`str`, *optional*):
             Text that takes the place of the prompt, for the loss of a completion without it (IFD). The scored tokens stay the
-            same.
+            same; a row without a prompt has no score.
 
     Example:
 
@@ -189,15 +189,14 @@ class Scorer:
         the content of the row, `token_hash` its token ids and labels.
 
         Raises:
-            ValueError: TRL cannot prepare a row (the message names its position), or it has no prompt to take the place of.
+            ValueError: TRL cannot prepare a row (the message names its position).
         """
         if not rows:
             return []
         rows = [content_of(row, self.options) for row in rows]
         prepared = _prepare(rows, self.tokenizer, self.options)
-        sequences = [row if row is None else self._sequence(*row, index) for index, row in enumerate(prepared)]
+        sequences = [row if row is None else self._sequence(*row) for row in prepared]
         counts = [0 if row is None else sum(label != -100 for label in row[1][1:]) for row in sequences]
-        scored = [index for index, count in enumerate(counts) if count]
         found: list[dict[str, Any]] = [
             {
                 "row_hash": row_hash(row),
@@ -208,30 +207,25 @@ class Scorer:
             }
             for row, tokens, count in zip(rows, prepared, counts, strict=True)
         ]
-        to_score = [sequences[index] for index in scored]
-        pad_id = self.tokenizer.pad_token_id
+        kept = {index: row for index, row in enumerate(sequences) if row is not None and counts[index]}
+        to_score, pad_id = list(kept.values()), self.tokenizer.pad_token_id
         with lent(self.model):
-            log_probs = sequence_log_probs(self.model, to_score, self.batch_tokens, 0 if pad_id is None else pad_id)  # type: ignore[arg-type]
-        for index, value in zip(scored, log_probs, strict=True):
+            log_probs = sequence_log_probs(self.model, to_score, self.batch_tokens, 0 if pad_id is None else pad_id)
+        for index, value in zip(kept, log_probs, strict=True):
             if np.isfinite(value):
                 found[index]["nll_sum"] = 0.0 - value  # not -0.0
                 found[index]["nll"] = found[index]["nll_sum"] / counts[index]
-        lengths = [len(ids) for ids, _ in to_score]  # type: ignore[misc]
+        lengths = [len(ids) for ids, _ in to_score]
         self.tokens += sum(lengths)
         self.padded_tokens += sum(len(b) * lengths[b[0]] for b in batches(lengths, self.batch_tokens))
         return found
 
-    def _sequence(self, ids: list[int], labels: list[int], index: int) -> tuple[list[int], list[int]]:
-        """The tokens to score, and their labels."""
+    def _sequence(self, ids: list[int], labels: list[int]) -> tuple[list[int], list[int]] | None:
+        """The tokens to score, and their labels; `None` for a row without a prompt, if another takes its place."""
         if self.direct_ids is None:
             return ids, labels
-        start = next((position for position, label in enumerate(labels) if label != -100), len(labels))
-        if start == 0:
-            raise ValueError(
-                f"row {index} has no prompt whose place `direct_prompt` could take: its first token is scored. Rows must have "
-                "'prompt' and 'completion' (and `completion_only_loss` must not be False)."
-            )
-        return self.direct_ids + ids[start:], [-100] * len(self.direct_ids) + labels[start:]
+        start = _first_label(labels)
+        return None if start == 0 else (self.direct_ids + ids[start:], [-100] * len(self.direct_ids) + labels[start:])
 
 
 def score_dataset(
@@ -314,8 +308,12 @@ def score_dataset(
         options = RowOptions(**{**asdict(options), "completion_only_loss": resolved})
     tokenizer = load_tokenizer(model, processing_class, init_kwargs)
     options.apply(tokenizer)
-    _prepare([first_row], tokenizer, options)  # a template that fails does so here
-    _direct_ids(direct_prompt, tokenizer)
+    (prepared,) = _prepare([first_row], tokenizer, options)  # a template that fails does so here
+    if _direct_ids(direct_prompt, tokenizer) is not None and prepared is not None and _first_label(prepared[1]) == 0:
+        raise ValueError(
+            f"`direct_prompt={direct_prompt!r}` takes the place of prompts, and the first row has none: its first token is "
+            "scored. Rows must have 'prompt' and 'completion' (and `completion_only_loss` must not be False)."
+        )
     settings = {
         "rows": len(dataset) if isinstance(dataset, Dataset) else None,
         "dataset": _dataset_digest(dataset, options),
@@ -331,6 +329,7 @@ def score_dataset(
         source = model if isinstance(model, str) else get_config_model_id(model.config)
         if isinstance(model, str):
             model = load_model(model, adapter, init_kwargs, own_device(processes))
+        check_adapter(model)
         settings |= {"policy": model_fingerprint(model), "dtype": str(model.dtype).removeprefix("torch.")}
         revision = getattr(model.config, "_commit_hash", None)
         _claim(folder, settings, {"model": source, "revision": revision, "adapter": adapter})
@@ -340,13 +339,15 @@ def score_dataset(
             rows = _score_shards(folder, dataset, scorer, shard_size, process, processes)
             if settings["rows"] is None:
                 _record_rows(folder, rows)
-            if part is not None:
-                scores = _try_load(folder)
-                if scores is None:
-                    return None
-            else:
-                wait_until(lambda: _try_load(folder) is not None)
+            if processes == 1:
                 scores = load_scores(folder)
+            elif part is None:
+                scores = _wait_for_all(folder)
+            elif (found := _complete(folder)) is None:
+                return None
+            else:
+                scores = found
+            remove_scratch_files(folder)
         except KeyboardInterrupt:
             if process == 0 and output_dir is not None:
                 print(
@@ -354,7 +355,7 @@ def score_dataset(
                     file=sys.stderr,
                 )
             raise
-    if process == 0:
+    if process == 0 or part is not None:
         _warn_unscored(scores, options)
     return scores
 
@@ -365,10 +366,10 @@ def load_scores(folder: str | os.PathLike) -> Dataset:
     Raises:
         ValueError: The folder holds none, or some are missing or damaged.
     """
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     if not (folder / MANIFEST).is_file():
         raise ValueError(f"`{folder}` holds no scores: it has no {MANIFEST}. Give the folder that was `output_dir`.")
-    rows, shard_size = _number_of_rows(folder), read_manifest(folder)["settings"].get("shard_size")
+    rows, shard_size = _number_of_rows(folder), read_manifest(folder).get("settings", {}).get("shard_size")
     if read_manifest(folder).get("format") != _FORMAT or shard_size is None:
         raise ValueError(f"The {MANIFEST} in `{folder}` is not one of `score_dataset` (or of another version).")
     again = "Run the scoring again with the same arguments to finish them."
@@ -394,6 +395,11 @@ def load_scores(folder: str | os.PathLike) -> Dataset:
 
 
 # ---------------------------------------------------------------- rows
+
+
+def column_of(scores: Dataset, name: str) -> np.ndarray:
+    """A column of a set of scores, without a Python object for every number."""
+    return scores.with_format("arrow")[:].column(name).to_numpy()
 
 
 def content_of(row: Mapping[str, Any], options: RowOptions) -> dict[str, Any]:
@@ -457,6 +463,11 @@ def _prepare_all(
     for row in prepared:
         found[row[_INDEX]] = (list(row["input_ids"]), list(row["labels"]))
     return found
+
+
+def _first_label(labels: Sequence[int]) -> int:
+    """Position of the first scored token; the number of tokens if there is none."""
+    return next((position for position, label in enumerate(labels) if label != -100), len(labels))
 
 
 def _direct_ids(direct_prompt: str | None, tokenizer: PreTrainedTokenizerBase) -> list[int] | None:
@@ -588,21 +599,14 @@ def _check_part(part: tuple[int, int] | None) -> tuple[int, int]:
     return process, processes
 
 
-class _folder:
+@contextmanager
+def _folder(output_dir: str | os.PathLike | None) -> Iterator[Path]:
     """The folder of the shards: the one that is named, or a temporary one."""
-
-    def __init__(self, output_dir: str | os.PathLike | None):
-        self.path = None if output_dir is None else Path(output_dir).expanduser()
-        self.scratch: tempfile.TemporaryDirectory | None = None
-
-    def __enter__(self) -> Path:
-        if self.path is None:
-            self.scratch = tempfile.TemporaryDirectory()
-        return self.path or Path(self.scratch.name)  # type: ignore[union-attr]
-
-    def __exit__(self, *_: Any) -> None:
-        if self.scratch is not None:
-            self.scratch.cleanup()
+    if output_dir is not None:
+        yield Path(output_dir).expanduser()
+    else:
+        with tempfile.TemporaryDirectory() as scratch:
+            yield Path(scratch)
 
 
 def _check_writable(folder: Path) -> None:
@@ -648,19 +652,24 @@ def _number_of_rows(folder: Path) -> int | None:
     return json.loads(path.read_text())["rows"] if rows is None and path.is_file() else rows
 
 
-def _try_load(folder: Path) -> Dataset | None:
+def _complete(folder: Path) -> Dataset | None:
     """The scores, if they are complete and whole (another process may be about to mend a shard)."""
     try:
-        scores = load_scores(folder)
+        return load_scores(folder)
     except ValueError:
         return None
-    remove_scratch_files(folder)
+
+
+def _wait_for_all(folder: Path) -> Dataset:
+    """The scores, when the other processes have written theirs. By the files: a collective has a timeout."""
+    while (scores := _complete(folder)) is None:
+        time.sleep(1)
     return scores
 
 
 def _warn_unscored(scores: Dataset, options: RowOptions) -> None:
     """Raise if no row has a score; warn if some have none."""
-    counts, sums = np.asarray(scores["num_tokens"][:]), np.asarray(scores["nll_sum"][:])
+    counts, sums = column_of(scores, "num_tokens"), column_of(scores, "nll_sum")
     empty, infinite = int((counts == 0).sum()), int((~np.isfinite(sums) & (counts > 0)).sum())
     if empty + infinite == 0:
         return
@@ -838,7 +847,7 @@ def _score(args: argparse.Namespace) -> None:
     if scores is None:
         print(f"Part {args.part} is done. Other parts of {args.output_dir} are missing yet.")
         return
-    counts, sums = np.asarray(scores["num_tokens"][:]), np.asarray(scores["nll_sum"][:])
+    counts, sums = column_of(scores, "num_tokens"), column_of(scores, "nll_sum")
     valid = np.isfinite(sums)
     tokens = counts[valid].sum()
     print(f"{len(scores)} rows, {tokens} scored tokens, mean loss {sums[valid].sum() / tokens:.4f} nats a token.")

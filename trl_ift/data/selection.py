@@ -20,12 +20,19 @@ from ..scripts.tools import options_of_config
 from ..scripts.train import INPUT_ERRORS, report_error, usage_error
 from .lobass import BANDS, SELECTIONS, check_same_rows, selection_scores, top_rows
 from .report import check_report_tools, write_report
-from .scoring import ROW_SETTINGS, RowOptions, add_dataset_options, content_of, load_scores, row_hash
+from .scoring import ROW_SETTINGS, RowOptions, add_dataset_options, column_of, content_of, load_scores, row_hash
 from .shards import read_manifest
 
 
 SCORES_FILE = "scores.parquet"
 SUMMARY_FILE = "selection.json"
+# What a score is called in the report, where that is not the name of the selection
+_NAMES = {
+    "lobass": "learnability",
+    "rho_lm": "loss reduction",
+    "perplexity low": "negative perplexity",
+    "perplexity middle": "negative distance from the median rank",
+}
 
 
 def write_selection(
@@ -85,8 +92,8 @@ def write_selection(
     chosen = top_rows(scores, fraction, k, min_score=min_score)
     rows = _take(dataset, chosen, initial, RowOptions(dataset_text_field=dataset_text_field))
 
-    num_tokens, nll = np.asarray(initial["num_tokens"][:]), np.asarray(initial["nll"][:])
-    reference_nll = None if reference is None else np.asarray(reference["nll"][:])
+    num_tokens, nll = column_of(initial, "num_tokens"), column_of(initial, "nll")
+    reference_nll = None if reference is None else column_of(reference, "nll")
     dropped = _dropped(selection, scores, num_tokens, nll, min_score)
     summary = {
         "selection": selection,
@@ -106,8 +113,8 @@ def write_selection(
         scratch.parent.mkdir(parents=True, exist_ok=True)
         rows.save_to_disk(str(scratch))
         columns = {
-            "index": initial["index"][:],
-            "row_hash": initial["row_hash"][:],
+            "index": column_of(initial, "index"),
+            "row_hash": column_of(initial, "row_hash"),
             "num_tokens": num_tokens,
             "loss_initial": nll,
             **({} if reference_nll is None else {"loss_reference": reference_nll}),
@@ -122,7 +129,7 @@ def write_selection(
                 scores,
                 chosen,
                 num_tokens,
-                name="learnability" if selection == "lobass" else selection,
+                name=_NAMES.get(f"{selection} {band}" if selection == "perplexity" else selection, selection),
                 dropped=dropped,
                 comparisons=_comparisons(selection, len(chosen), initial, reference, direct, seed),
                 row_text=partial(_row_text, dataset, rows, chosen, dataset_text_field),
@@ -155,7 +162,7 @@ def check_output(folder: Path, overwrite: bool) -> None:
 
 def _take(dataset: Dataset | IterableDataset, chosen: np.ndarray, initial: Dataset, options: RowOptions) -> Dataset:
     """The chosen rows, after a check that they are those that were scored."""
-    hashes = initial["row_hash"][:]
+    hashes = column_of(initial, "row_hash")
 
     def check(row: Mapping[str, Any], index: int) -> None:
         if index >= len(hashes) or row_hash(content_of(row, options)) != hashes[index]:
