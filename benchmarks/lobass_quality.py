@@ -144,6 +144,7 @@ def measure(args, source: str, adapter: Path | None, tokenizer, held_out, questi
     from transformers import AutoModelForCausalLM
 
     from trl_ift.data import score_dataset
+    from trl_ift.data.shards import write_file
     from trl_ift.demo.evaluate import evaluate
 
     model = AutoModelForCausalLM.from_pretrained(source, dtype=args.dtype)
@@ -156,7 +157,7 @@ def measure(args, source: str, adapter: Path | None, tokenizer, held_out, questi
         "sum_nll": found["nll"],
         "nll": sum(scores["nll_sum"]) / sum(scores["num_tokens"]),
     }
-    file.write_text(json.dumps(result))
+    write_file(file, json.dumps(result).encode())
     return result
 
 

@@ -79,7 +79,12 @@ def main() -> None:
         before = score_dataset(reference.model, dataset, f"{args.output_dir}/scores/initial", **options)
     after = score_dataset(reference.model, dataset, f"{args.output_dir}/scores/reference", **options)
     selected = write_selection(
-        f"{args.output_dir}/selection", dataset, before, after, fraction=selection_args.fraction
+        f"{args.output_dir}/selection",
+        dataset,
+        before,
+        after,
+        fraction=selection_args.fraction,
+        dataset_text_field=args.dataset_text_field,
     )
     print(f"Selected {len(selected)} of {len(dataset)} rows; see {args.output_dir}/selection/report.html.")
     del reference

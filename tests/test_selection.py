@@ -109,7 +109,8 @@ def test_every_selection(selection, scored):
     )
     for name in ("reference", "direct"):
         direct[name] = direct[name].remove_columns("row_hash").add_column("row_hash", scored["initial"]["row_hash"][:])
-    rows = write_selection("out", **direct, selection=selection, k=2, seed=3, report=False)
+    seed = {"seed": 3} if selection == "random" else {}
+    rows = write_selection("out", **direct, selection=selection, k=2, report=False, **seed)
     scores = selection_scores(selection, direct["initial"], direct["reference"], direct["direct"], seed=3)
     assert rows["source"] == top_rows(scores, k=2).tolist()
     column = "learnability" if selection == "lobass" else "score"
@@ -183,6 +184,40 @@ def test_nothing_is_written_over_or_half_written(scored, monkeypatch):
     with pytest.raises(ValueError, match="holds other files"):
         write_selection("mine", **scored, k=3, overwrite=True)
     assert Path("mine/thesis.txt").exists()
+
+
+def test_replacing_never_loses_both(scored, monkeypatch):
+    """Interrupted between the two moves, the old selection is back; only a selection is ever replaced."""
+    write_selection("out", **scored, k=2, report=False)
+    replace = os.replace
+
+    def interrupted(source, target):
+        if Path(target).name == "out" and Path(source).name == "selection":
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module.os, "replace", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            write_selection("out", **scored, k=3, report=False, overwrite=True)
+    assert len(load_from_disk("out")) == 2
+    assert sorted(path.name for path in Path().iterdir() if path.name != "cache") == ["out"]
+
+    Path("out/notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"holds other files \(notes.txt\)"):
+        write_selection("out", **scored, k=3, report=False, overwrite=True)
+    Path("out/notes.txt").unlink()
+    Path("link").symlink_to("out")
+    write_selection("link", **scored, k=4, report=False, overwrite=True)
+    assert len(load_from_disk("out")) == 4
+    assert Path("link").is_symlink()
+
+
+def test_options_of_other_selections_are_refused(scored):
+    for options in ({"normalize": None}, {"band": "high"}, {"seed": 1}):
+        with pytest.raises(ValueError, match="has no effect with `selection='length'`"):
+            write_selection("out", **scored, selection="length", **options)
+    assert not Path("out").exists()
 
 
 def test_wrong_dataset_is_refused(scored):
@@ -268,6 +303,23 @@ def test_scores_that_do_not_belong_together(folders, model_dir, capsys):
     score_dataset(model_dir, data.select(range(7)), "fewer")
     assert main(["select", *folders, "--reference", "fewer"]) == 1
     assert "rows=7 there and 8" in capsys.readouterr().err
+
+
+def test_direct_scores_of_another_model_are_refused(folders, tokenizer, capsys):
+    data = load_named("data.jsonl")["train"]
+    other = tiny.model("llama", tokenizer, seed=5)
+    score_dataset(other, data, "other", processing_class=tokenizer, direct_prompt="### Response:")
+    assert main(["select", *folders, "--direct", "other", "--selection", "ifd"]) == 1
+    assert "policy='" in capsys.readouterr().err
+
+
+def test_nulls_and_texts_in_the_yaml_file(folders, capsys):
+    Path("options.yaml").write_text("k: 2\nfraction: null\nmin_score: null\nno_report: true\n")
+    assert main(["select", *folders, "--config", "options.yaml"]) == 0
+    assert len(load_from_disk("out")) == 2
+    Path("options.yaml").write_text('overwrite: "false"\n')
+    assert main(["select", *folders, "--config", "options.yaml"]) == 1
+    assert "`overwrite: 'false'` must be true or false" in capsys.readouterr().err
 
 
 def test_select_notes_a_reference_that_was_not_trained(folders, capsys):
@@ -367,6 +419,57 @@ def test_folds_are_trained_without_the_rows_they_score(command, monkeypatch):
     assert set.union(*held_out) == set(range(16))
 
 
+def test_scoring_loads_the_model_as_training_did(command):
+    kwargs = json.dumps({"attn_implementation": "eager"})
+    assert (
+        lobass.run([*command, *LORA, "--no_report", "--model_init_kwargs", kwargs, "--score_dtype", "bfloat16"]) == 0
+    )
+    for name in ("initial", "reference"):
+        settings = json.loads(Path(f"run/scores/{name}/manifest.json").read_text())["settings"]
+        assert settings["attn_implementation"] == "eager"
+        assert settings["dtype"] == "bfloat16"
+
+
+def test_one_model_in_memory(command, monkeypatch):
+    """When a model is loaded for scoring, those before it are gone."""
+    import weakref
+
+    from trl_ift.data import inference
+
+    loaded, alive, load = [], [], inference.load_model
+
+    def watched(*args, **kwargs):
+        alive.append(sum(model() is not None for model in loaded))
+        model = load(*args, **kwargs)
+        loaded.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(inference, "load_model", watched)
+    assert lobass.run([*command, "--cross_fit", "2", "--no_report"]) == 0
+    assert alive == [0, 0, 0]
+
+
+def test_a_trainer_in_mixed_precision_scores_as_its_model_does(tokenizer, workdir):
+    """Whether the trainer has wrapped the forward or not, no score is computed in its precision."""
+    from peft import LoraConfig
+    from trl import SFTConfig, SFTTrainer
+
+    data = tiny.prompt_completion_data()
+    trainer = SFTTrainer(
+        model=tiny.model("llama", tokenizer),
+        args=SFTConfig("out", use_cpu=True, bf16=True, max_steps=1, report_to="none", save_strategy="no"),
+        train_dataset=data,
+        processing_class=tokenizer,
+        peft_config=LoraConfig(target_modules="all-linear"),
+    )
+    with trainer.model.disable_adapter():
+        before = score_dataset(trainer.model, data, processing_class=tokenizer)
+    trainer.train()
+    with trainer.model.disable_adapter():
+        after = score_dataset(trainer.model, data, processing_class=tokenizer)
+    assert before[:] == after[:] == score_dataset(tiny.model("llama", tokenizer), data, processing_class=tokenizer)[:]
+
+
 def test_interrupted_training_goes_on(command, monkeypatch, capsys):
     """Interrupted in the second step, the run ends with the weights and the selection of an uninterrupted one."""
     from transformers import Trainer
@@ -400,6 +503,9 @@ def test_interrupted_training_goes_on(command, monkeypatch, capsys):
         (["--cross_fit", "0"], "`cross_fit=0` is out of range"),
         (["--cross_fit", "17"], "`cross_fit=17` of 16 rows"),
         (["--push_to_hub"], "is not pushed"),
+        (["--resume_from_checkpoint", "True"], "goes on by itself"),
+        (["--min_score", "1.5"], "`min_score=1.5` is out of range"),
+        (["--dataset_streaming", "--max_steps", "-1"], "say how long to train with `--max_steps`"),
         (["--chat_template_path", "nowhere.jinja"], "is no template file"),
         (["--dataset_name", "nowhere.jsonl"], "does not exist"),
         (["--model_name_or_path", "."], "has no `config.json`"),
@@ -418,11 +524,30 @@ def test_a_run_is_not_continued_with_other_settings(command, capsys):
     shutil.rmtree("run/selection")
     assert lobass.run([*command, "--no_report", "--learning_rate", "0.01"]) == 1
     assert "learning_rate=0.02 (now 0.01)" in capsys.readouterr().err
+    data = Path("data.jsonl").read_text()
+    Path("data.jsonl").write_text(data.replace("Eight", "Seven"))
+    assert lobass.run([*command, "--no_report"]) == 1
+    assert "dataset_digest='" in capsys.readouterr().err
     shutil.rmtree("run")
     Path("run").mkdir()
     Path("run/notes.txt").write_text("mine")
     assert lobass.run(command) == 1
     assert "is not empty, and holds no run of LoBaSS" in capsys.readouterr().err
+
+
+def test_settings_that_never_worked_do_not_bind(command, capsys):
+    wrong = ["--use_peft", "--lora_target_modules", "nothing_of_this_name"]
+    assert lobass.run([*command, *wrong, "--no_report"]) == 1
+    assert "nothing_of_this_name" in capsys.readouterr().err
+    assert lobass.run([*command, *LORA, "--no_report"]) == 0
+
+
+def test_streamed_data(command):
+    assert lobass.run([*command, *LORA, "--no_report"]) == 0
+    streamed = ["streamed" if option == "run" else option for option in command]
+    assert lobass.run([*streamed, *LORA, "--dataset_streaming", "--no_report"]) == 0
+    assert load_scores("streamed/scores/initial")[:] == load_scores("run/scores/initial")[:]
+    assert len(load_from_disk("streamed/selection")) == 4
 
 
 def test_help_of_the_commands(capsys):

@@ -144,7 +144,9 @@ def check_sft_dataset(dataset: Any, name: str, text_field: str = "text", formatt
         "messages": ("a list of {'role', 'content'} messages", _is_messages),
         "conversations": ("a list of messages", lambda value: isinstance(value, list) and len(value) > 0),
     }
-    column = next((column for column in kinds if column in row), None)
+    # A mixture has the columns of all its parts, null where they are not used
+    column = next((column for column in kinds if row.get(column) is not None), None)
+    column = column or next((column for column in kinds if column in row), None)
     if "prompt" in row and "completion" in row and column != "input_ids":
         prompt, completion = row["prompt"], row["completion"]
         both_text = isinstance(prompt, str) and isinstance(completion, str)

@@ -39,8 +39,8 @@ from ..trl_internals import get_config_model_id, tokenize
 from .fingerprint import base_model, model_fingerprint
 from .inference import (
     batches,
-    check_adapter,
     check_model,
+    check_runnable,
     lent,
     load_model,
     load_tokenizer,
@@ -215,7 +215,7 @@ def generate_completions(
     source = model if isinstance(model, str) else get_config_model_id(model.config)
     if isinstance(model, str):
         model = load_model(model, adapter, init_kwargs, state.device if state.num_processes > 1 else None)
-    check_adapter(model)
+    check_runnable(model)
     limit = _prompt_limit(model, settings)
     recorded |= {
         "policy": model_fingerprint(model) + settings.off_policy(),

@@ -41,8 +41,13 @@ def check_model(model: Any, processing_class: Any, adapter: str | None, init_kwa
         raise ValueError(f"The adapter folder `{adapter}` has no `adapter_config.json`: it holds no PEFT adapter.")
 
 
-def check_adapter(model: PreTrainedModel | PeftModel) -> None:
-    """Raise for an adapter that shifts positions."""
+def check_runnable(model: PreTrainedModel | PeftModel) -> None:
+    """Raise for an adapter that shifts positions, and for weights that are not in memory."""
+    if any(parameter.device.type == "meta" for parameter in model.parameters()):
+        raise ValueError(
+            "The model does not fit: some of its weights were offloaded to the CPU or the disk. Load it in fewer bits "
+            "(`dtype`, `load_in_4bit`), or use more GPUs."
+        )
     if is_peft_model(model) and model.active_peft_config.is_prompt_learning:
         raise ValueError(
             f"The adapter is prompt-learning PEFT ({type(model.active_peft_config).__name__}), which is not supported: in a "
@@ -60,8 +65,13 @@ def load_tokenizer(model: Any, processing_class: Any, init_kwargs: dict[str, Any
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return 16 hex digits of the vocabulary, the end-of-sequence token and the chat template."""
+    """Return 16 hex digits of all that decides which tokens a text becomes, and of the chat template."""
     parts = [sorted(tokenizer.get_vocab().items()), tokenizer.eos_token, repr(tokenizer.chat_template)]
+    if (backend := getattr(tokenizer, "backend_tokenizer", None)) is not None:
+        pipeline = json.loads(backend.to_str())
+        # The vocabulary is in already, and calls leave their padding and truncation behind
+        parts += [value for key, value in sorted(pipeline.items()) if key not in ("padding", "truncation", "model")]
+        parts.append({key: value for key, value in pipeline["model"].items() if key != "vocab"})
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
@@ -78,9 +88,15 @@ def load_model(
 def own_device(processes: int) -> torch.device | None:
     """The device of one of several processes of a launcher; `None` where TRL's choice is right."""
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    if processes == 1 or accelerator is None or "LOCAL_RANK" not in os.environ:
+    cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true")
+    if processes == 1 or accelerator is None or cpu or "LOCAL_RANK" not in os.environ:
         return None
-    return torch.device(accelerator.type, int(os.environ["LOCAL_RANK"]))
+    rank, devices = int(os.environ["LOCAL_RANK"]), torch.accelerator.device_count()
+    if rank >= devices:
+        raise ValueError(
+            f"This is process {rank + 1} on a machine with {devices} accelerators: each needs its own. Lower `--num_processes`."
+        )
+    return torch.device(accelerator.type, rank)
 
 
 @contextmanager
@@ -92,7 +108,11 @@ def lent(model: PreTrainedModel | PeftModel) -> Iterator[None]:
     generation_config, forward = base.generation_config, vars(base).get("forward")
     device_type = model.device.type
     devices = {parameter.device.index for parameter in model.parameters() if parameter.device.type == device_type}
-    with torch.no_grad(), torch.random.fork_rng(sorted(devices - {None}), device_type=device_type):
+    with (
+        torch.no_grad(),
+        torch.autocast(device_type, enabled=False),  # a trainer may have left it on
+        torch.random.fork_rng(sorted(devices - {None}), device_type=device_type),
+    ):
         try:
             model.eval()
             # `generate` fills whatever the config that it is given leaves open from this one
@@ -129,6 +149,8 @@ def sequence_log_probs(
 
     Nothing predicts the first token, so that its label is not read. Sums are float64. Call it within `lent(model)`.
     """
+    # Adapters are layers of it. The forward around it may be a trainer's, in mixed precision.
+    model = base_model(model)
     lengths = [len(ids) for ids, _ in sequences]
     log_probs = [0.0] * len(sequences)
     for batch in batches(lengths, batch_tokens):

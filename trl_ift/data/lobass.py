@@ -15,8 +15,9 @@ stand the selections it is compared with: `SELECTIONS`.
 
 import heapq
 import math
+import uuid
 import warnings
-from collections.abc import Callable, Iterable, Sized
+from collections.abc import Callable, Collection, Iterable, Iterator, Sized
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
@@ -75,10 +76,13 @@ def check_same_rows(first: Dataset | Any, second: Dataset | Any) -> None:
         return
     for column, reason in (
         ("row_hash", "they are of different datasets, or of another order of the rows"),
-        ("token_hash", "the tokenizer, the chat template, `max_length`, the truncation or the masking differ"),
+        (
+            "token_hash",
+            "the tokenizer, the chat template (one that prints the date?), `max_length`, the truncation or the masking differ",
+        ),
     ):
-        differing = column_of(first, column) != column_of(second, column)
-        if differing.any():
+        if not column_of(first, column).equals(column_of(second, column)):
+            differing = column_of(first, column).to_numpy() != column_of(second, column).to_numpy()
             raise ValueError(
                 f"The scores do not belong together: {differing.sum()} of {len(first)} rows differ, the first is row "
                 f"{differing.argmax()}; {reason}. Score the same dataset with both models and the same options."
@@ -86,7 +90,9 @@ def check_same_rows(first: Dataset | Any, second: Dataset | Any) -> None:
 
 
 def _losses(scores: Dataset | Any, column: str) -> np.ndarray:
-    return np.asarray(column_of(scores, column) if isinstance(scores, Dataset) else scores, dtype=np.float64)
+    return np.asarray(
+        column_of(scores, column).to_numpy() if isinstance(scores, Dataset) else scores, dtype=np.float64
+    )
 
 
 # ---------------------------------------------------------------- the selections that LoBaSS is compared with
@@ -132,7 +138,7 @@ class Selection:
 
 def _perplexity(inputs: Inputs) -> np.ndarray:
     check_choice("band", inputs.band, BANDS)
-    nll = _losses(inputs.initial, "nll")  # the order of perplexities is that of mean losses
+    nll = _losses(inputs.initial, "nll")
     if inputs.band == "middle":
         valid = np.isfinite(nll)
         rank = np.full(len(nll), np.nan)
@@ -238,7 +244,7 @@ def top_rows(
     Return the indices of the rows with the highest scores, ascending, int64.
 
     Args:
-        scores: Score of each row: an array, or a stream, of which no more than the k best so far are held in memory.
+        scores: Score of each row: an array, or an iterator, of which no more than the k best so far are held in memory.
         fraction: Share of all rows, those without a score included, in (0, 1]; k = max(1, floor(fraction * N)). 0.06 if neither
             it nor `k` is given.
         k: Number of rows, in place of `fraction`. A stream needs it.
@@ -266,14 +272,21 @@ def top_rows(
         raise ValueError(f"`k={k}`, but there are only {number} rows. Lower it.")
     sign = 1.0 if largest else -1.0
     bound = -math.inf if min_score is None else sign * min_score
-    keyed = ((sign * float(score), -index) for index, score in enumerate(scores))
-    best = heapq.nlargest(k, (pair for pair in keyed if math.isfinite(pair[0]) and pair[0] >= bound))
-    if not best:
+    if number is None:
+        keyed = ((sign * float(score), -index) for index, score in enumerate(scores))
+        pairs = heapq.nlargest(k, (pair for pair in keyed if math.isfinite(pair[0]) and pair[0] >= bound))
+        best = np.array([-index for _, index in pairs], dtype=np.int64)
+    else:
+        signed = sign * np.asarray(scores, dtype=np.float64)
+        valid = np.flatnonzero(np.isfinite(signed) & (signed >= bound))
+        best = valid[np.argsort(-signed[valid], kind="stable")[:k]]
+    if not len(best):
         limit = "" if min_score is None else f", and reaches `min_score={min_score}`"
         raise ValueError(f"No row can be selected: none has a finite score{limit}.")
     if len(best) < k:
-        warnings.warn(f"Selected {len(best)} rows in place of {k}: no others have a finite score above `min_score`.")
-    return np.sort(np.array([-index for _, index in best], dtype=np.int64))
+        limit = "" if min_score is None else f" that reaches `min_score={min_score}`"
+        warnings.warn(f"Selected {len(best)} rows in place of {k}: no others have a finite score{limit}.")
+    return np.sort(best)
 
 
 def select_top(
@@ -283,12 +296,13 @@ def select_top(
     k: int | None = None,
     largest: bool = True,
     min_score: float | None = None,
-) -> Dataset | IterableDataset:
+) -> Dataset:
     """
     Return the rows with the highest scores, in their original order.
 
     Args:
-        dataset: The dataset that was scored. Of a stream the selected rows are streamed.
+        dataset: The dataset that was scored. A stream is read up to the last selected row, and these are written to the
+            cache of `datasets`.
         scores: Score of each row, shape (N,).
         fraction, k, largest, min_score: As in `top_rows`.
 
@@ -312,5 +326,22 @@ def select_top(
     indices = top_rows(scores, fraction, k, largest, min_score)
     if isinstance(dataset, Dataset):
         return dataset.select(indices)
-    kept = set(indices.tolist())
-    return dataset.filter(lambda row, index: index in kept, with_indices=True)
+    # Not lazily: workers of a data loader and processes share the shards of a stream, and would count rows in their own
+    return Dataset.from_generator(
+        _selected, gen_kwargs={"dataset": dataset, "indices": frozenset(indices.tolist()), "run": uuid.uuid4().hex}
+    )
+
+
+def _selected(dataset: Iterable[Any], indices: Collection[int], run: str) -> Iterator[Any]:
+    """`rows_at`; another `run` keeps `datasets` from taking rows of the stream from its cache."""
+    return rows_at(dataset, indices)
+
+
+def rows_at(dataset: Iterable[Any], indices: Collection[int]) -> Iterator[Any]:
+    """Yield the rows of a stream that stand at these indices, and end with the last of them."""
+    last = max(indices)
+    for index, row in enumerate(dataset):
+        if index in indices:
+            yield row
+        if index == last:
+            return

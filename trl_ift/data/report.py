@@ -41,7 +41,9 @@ _STYLE: dict[str, Any] = {
 }
 
 # Control characters, marks that reverse the direction of text, lone surrogates, and what XML does not allow
-_INVISIBLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
+_INVISIBLE = re.compile(
+    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\ufeff\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]"
+)
 _MARKDOWN = re.compile(r"[\\`*\[\]<>|~&$#]|(?<!\w)_|_(?!\w)")
 
 

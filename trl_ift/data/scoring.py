@@ -17,6 +17,7 @@ import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from itertools import islice
@@ -30,7 +31,7 @@ from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
-from trl import ModelConfig, get_quantization_config
+from trl import ModelConfig, get_quantization_config, is_conversational
 
 from ..checks import check_choice, check_quantization, check_range, check_sft_dataset
 from ..hub.card import library_versions
@@ -41,8 +42,8 @@ from ..trl_internals import get_config_model_id, prepare_sft_rows
 from .fingerprint import model_fingerprint
 from .inference import (
     batches,
-    check_adapter,
     check_model,
+    check_runnable,
     lent,
     load_model,
     load_tokenizer,
@@ -66,6 +67,7 @@ DIRECT_PROMPT = "### Response:"
 # Settings that the tokens of a row depend on: two sets of scores can be compared only if they agree in these
 ROW_SETTINGS = (
     "tokenizer", "max_length", "truncation_mode", "completion_only_loss", "assistant_only_loss", "dataset_text_field",
+    "tokens_of_first_row",
 )  # fmt: skip
 _FORMAT = "scores-1"
 _ROWS = "rows.json"
@@ -121,14 +123,18 @@ class RowOptions:
                 "tokens, which the model to score does not have. Save the template in a file and name that."
             )
 
-    def apply(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Give the tokenizer the end-of-sequence token and the template, as TRL does."""
+    def applied_to(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+        """Return the tokenizer with the end-of-sequence token and the template: a copy, if they are others."""
+        if self.eos_token is None and self.chat_template_path is None:
+            return tokenizer
+        tokenizer = deepcopy(tokenizer)
         if self.eos_token is not None:
             if self.eos_token not in tokenizer.get_vocab():
                 raise ValueError(f"`eos_token={self.eos_token!r}` is not in the vocabulary of the tokenizer.")
             tokenizer.eos_token = self.eos_token
         if self.chat_template_path is not None:
             tokenizer.chat_template = Path(self.chat_template_path).read_text(encoding="utf-8")
+        return tokenizer
 
 
 class Scorer:
@@ -171,11 +177,11 @@ class Scorer:
     ):
         check_range("batch_tokens", batch_tokens, 1, integer=True)
         check_model(model, processing_class, None, {})
-        check_adapter(model)
+        check_runnable(model)
         self.model = model
-        self.tokenizer = load_tokenizer(model, processing_class, {})
         self.options = RowOptions.of(args)
-        self.options.apply(self.tokenizer)
+        self.tokenizer = self.options.applied_to(load_tokenizer(model, processing_class, {}))
+        self.vocabulary = model.get_input_embeddings().num_embeddings
         self.batch_tokens = batch_tokens
         self.direct_ids = _direct_ids(direct_prompt, self.tokenizer)
         self.tokens = self.padded_tokens = 0  # of all batches so far, the latter with padding
@@ -195,12 +201,18 @@ class Scorer:
             return []
         rows = [content_of(row, self.options) for row in rows]
         prepared = _prepare(rows, self.tokenizer, self.options)
+        for index, row in enumerate(prepared):
+            if row is not None and max(row[0], default=0) >= self.vocabulary:
+                raise ValueError(
+                    f"row {index} has the token id {max(row[0])}, and the model has {self.vocabulary} tokens. The tokenizer "
+                    "(or the one that the dataset was tokenized with) is another model's."
+                )
         sequences = [row if row is None else self._sequence(*row) for row in prepared]
         counts = [0 if row is None else sum(label != -100 for label in row[1][1:]) for row in sequences]
         found: list[dict[str, Any]] = [
             {
                 "row_hash": row_hash(row),
-                "token_hash": _digest(np.asarray(tokens or ((), ()), dtype=np.int64).tobytes()),
+                "token_hash": _token_hash(tokens),
                 "num_tokens": count,
                 "nll_sum": float("nan"),
                 "nll": float("nan"),
@@ -306,19 +318,18 @@ def score_dataset(
     if options.completion_only_loss is None:  # as TRL decides
         resolved = "prompt" in first_row and "completion" in first_row
         options = RowOptions(**{**asdict(options), "completion_only_loss": resolved})
-    tokenizer = load_tokenizer(model, processing_class, init_kwargs)
-    options.apply(tokenizer)
+    check_prompts(direct_prompt, first_row, options)
+    if options.assistant_only_loss and not is_conversational(first_row):
+        raise ValueError("`assistant_only_loss=True`, but the dataset is not conversational. Drop the option.")
+    tokenizer = options.applied_to(load_tokenizer(model, processing_class, init_kwargs))
     (prepared,) = _prepare([first_row], tokenizer, options)  # a template that fails does so here
-    if _direct_ids(direct_prompt, tokenizer) is not None and prepared is not None and _first_label(prepared[1]) == 0:
-        raise ValueError(
-            f"`direct_prompt={direct_prompt!r}` takes the place of prompts, and the first row has none: its first token is "
-            "scored. Rows must have 'prompt' and 'completion' (and `completion_only_loss` must not be False)."
-        )
+    _direct_ids(direct_prompt, tokenizer)
     settings = {
         "rows": len(dataset) if isinstance(dataset, Dataset) else None,
-        "dataset": _dataset_digest(dataset, options),
+        "dataset": dataset_digest(dataset, options),
         "tokenizer": tokenizer_digest(tokenizer),
-        **{name: getattr(options, name) for name in ROW_SETTINGS[1:]},
+        **{name: getattr(options, name) for name in ROW_SETTINGS if hasattr(options, name)},
+        "tokens_of_first_row": _token_hash(prepared),
         "direct_prompt": direct_prompt,
         "shard_size": shard_size,
     }
@@ -329,27 +340,32 @@ def score_dataset(
         source = model if isinstance(model, str) else get_config_model_id(model.config)
         if isinstance(model, str):
             model = load_model(model, adapter, init_kwargs, own_device(processes))
-        check_adapter(model)
-        settings |= {"policy": model_fingerprint(model), "dtype": str(model.dtype).removeprefix("torch.")}
-        revision = getattr(model.config, "_commit_hash", None)
-        _claim(folder, settings, {"model": source, "revision": revision, "adapter": adapter})
+        check_runnable(model)
+        settings |= {
+            "policy": model_fingerprint(model),
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "attn_implementation": model.config._attn_implementation,
+        }
+        contents = {"model": source, "revision": getattr(model.config, "_commit_hash", None), "adapter": adapter}
+        _claim(folder, settings, contents | {"batch_tokens": batch_tokens})
 
         scorer = Scorer(model, tokenizer, options, batch_tokens=batch_tokens, direct_prompt=direct_prompt)
+        shows_progress = process == 0 or part is not None
         try:
-            rows = _score_shards(folder, dataset, scorer, shard_size, process, processes)
+            rows = _score_shards(folder, dataset, scorer, shard_size, process, processes, shows_progress)
             if settings["rows"] is None:
                 _record_rows(folder, rows)
             if processes == 1:
                 scores = load_scores(folder)
             elif part is None:
-                scores = _wait_for_all(folder)
+                scores = _wait_for_all(folder, process)
             elif (found := _complete(folder)) is None:
                 return None
             else:
                 scores = found
             remove_scratch_files(folder)
         except KeyboardInterrupt:
-            if process == 0 and output_dir is not None:
+            if shows_progress and output_dir is not None:
                 print(
                     f"\nInterrupted. The shards that are finished are kept in {folder}; to go on, run the same again.",
                     file=sys.stderr,
@@ -369,9 +385,12 @@ def load_scores(folder: str | os.PathLike) -> Dataset:
     folder = Path(folder).expanduser()
     if not (folder / MANIFEST).is_file():
         raise ValueError(f"`{folder}` holds no scores: it has no {MANIFEST}. Give the folder that was `output_dir`.")
-    rows, shard_size = _number_of_rows(folder), read_manifest(folder).get("settings", {}).get("shard_size")
-    if read_manifest(folder).get("format") != _FORMAT or shard_size is None:
+    manifest = read_manifest(folder)
+    if manifest.get("format") != _FORMAT:
         raise ValueError(f"The {MANIFEST} in `{folder}` is not one of `score_dataset` (or of another version).")
+    rows, shard_size = manifest["settings"]["rows"], manifest["settings"]["shard_size"]
+    if rows is None and (folder / _ROWS).is_file():
+        rows = json.loads((folder / _ROWS).read_text())["rows"]
     again = "Run the scoring again with the same arguments to finish them."
     if rows is None:
         raise ValueError(f"The scores in `{folder}` are incomplete: the end of the stream was not reached. {again}")
@@ -386,7 +405,7 @@ def load_scores(folder: str | os.PathLike) -> Dataset:
     for shard in range(number):
         table = read_shard(shard_path(folder, shard))
         first, last = shard * shard_size, min((shard + 1) * shard_size, rows)
-        if table is None or table.column("index").to_pylist() != list(range(first, last)):
+        if table is None or not table.column("index").equals(pa.chunked_array([np.arange(first, last)])):
             raise ValueError(
                 f"The shard `{shard_path(folder, shard)}` is damaged. {again} Only this one is scored anew."
             )
@@ -397,9 +416,9 @@ def load_scores(folder: str | os.PathLike) -> Dataset:
 # ---------------------------------------------------------------- rows
 
 
-def column_of(scores: Dataset, name: str) -> np.ndarray:
-    """A column of a set of scores, without a Python object for every number."""
-    return scores.with_format("arrow")[:].column(name).to_numpy()
+def column_of(scores: Dataset, name: str) -> pa.ChunkedArray:
+    """A column of a set of scores, without a Python object for every value."""
+    return scores.with_format("arrow")[:].column(name)
 
 
 def content_of(row: Mapping[str, Any], options: RowOptions) -> dict[str, Any]:
@@ -416,6 +435,11 @@ def _without_nulls(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _without_nulls(v) for key, v in value.items() if v is not None}
     return [_without_nulls(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+def _token_hash(tokens: tuple[list[int], list[int]] | None) -> str:
+    """16 hex digits of token ids and labels."""
+    return _digest(np.asarray(tokens or ((), ()), dtype=np.int64).tobytes())
 
 
 def _digest(data: bytes) -> str:
@@ -437,7 +461,10 @@ def _prepare(
                     f"row {index}: TRL cannot prepare it ({type(error).__name__}: {error}). Mend or drop the row: "
                     f"{str(dict(row))[:200]}"
                 ) from error
-        raise
+        raise ValueError(
+            "TRL can prepare these rows one by one but not together: rows of different kinds (texts, messages, token ids) must "
+            "not be mixed in one dataset. Convert them to one kind."
+        ) from None
 
 
 def _prepare_all(
@@ -461,7 +488,12 @@ def _prepare_all(
     )
     found: list[tuple[list[int], list[int]] | None] = [None] * len(rows)
     for row in prepared:
-        found[row[_INDEX]] = (list(row["input_ids"]), list(row["labels"]))
+        ids, labels = list(row["input_ids"]), list(row["labels"])
+        if len(ids) != len(labels):
+            raise ValueError(
+                f"row {row[_INDEX]} has {len(ids)} token ids and {len(labels)} labels. It needs one for each."
+            )
+        found[row[_INDEX]] = (ids, labels)
     return found
 
 
@@ -487,13 +519,28 @@ def _check_dataset(dataset: Any, options: RowOptions) -> Dataset | IterableDatas
             f"`dataset` is a {type(dataset).__name__}; expected a `Dataset` or an `IterableDataset`. Of a dictionary of "
             "splits, pass one."
         )
+    if isinstance(dataset, Dataset) and dataset.format["type"] == "custom":
+        raise ValueError(
+            "`dataset` has a transform (`with_transform`), which TRL does not train on either. Apply it with `map` first."
+        )
     dataset = dataset.with_format(None)
     check_sft_dataset(dataset, "dataset", options.dataset_text_field)
     names = list(content_of(next(iter(dataset)), options))
     return dataset.select_columns(names) if isinstance(dataset, Dataset) else dataset
 
 
-def _dataset_digest(dataset: Dataset | IterableDataset, options: RowOptions) -> str | None:
+def check_prompts(direct_prompt: str | None, first_row: Mapping[str, Any], options: RowOptions) -> None:
+    """Raise if `direct_prompt` is asked for and rows have no prompts that it could replace."""
+    if direct_prompt is None or options.assistant_only_loss or "labels" in first_row:
+        return
+    if options.completion_only_loss is False or not {"prompt", "completion"} <= set(first_row):
+        raise ValueError(
+            f"`direct_prompt={direct_prompt!r}` takes the place of prompts: rows must have 'prompt' and 'completion', and "
+            f"`completion_only_loss` must not be False; the columns are {sorted(first_row)}."
+        )
+
+
+def dataset_digest(dataset: Dataset | IterableDataset, options: RowOptions) -> str | None:
     """Digest of some rows, all over the dataset; the rows of each shard are compared when it is met again."""
     if isinstance(dataset, IterableDataset):
         return None
@@ -547,9 +594,10 @@ def _score_shards(
     shard_size: int,
     process: int,
     processes: int,
+    shows_progress: bool,
 ) -> int:
     """Score the shards of this process that are not there yet; return the number of rows of the dataset."""
-    with _Progress(dataset, scorer, shard_size, process, processes) as progress:
+    with _Progress(dataset, scorer, shard_size, process, processes, shows_progress) as progress:
         total = 0
         for shard, rows, number in _chunks(dataset, shard_size):
             start, total = total, total + number
@@ -627,7 +675,13 @@ def _claim(folder: Path, settings: dict[str, Any], contents: dict[str, Any]) -> 
     if not (folder / MANIFEST).is_file():
         write_manifest(folder, {"format": _FORMAT, **contents, "settings": settings, "versions": versions})
     check_manifest(folder, _FORMAT, settings, "scores")
-    if differing := differing_versions(read_manifest(folder)["versions"], versions):
+    found = read_manifest(folder)
+    if found["batch_tokens"] != contents["batch_tokens"]:
+        warnings.warn(
+            f"The first scores in '{folder}' were made with `batch_tokens={found['batch_tokens']}`: the rest may be rounded "
+            "otherwise."
+        )
+    if differing := differing_versions(found["versions"], versions):
         warnings.warn(
             f"The first scores in '{folder}' were made with {differing}: the rest may not be what an uninterrupted run "
             "would have given."
@@ -637,19 +691,14 @@ def _claim(folder: Path, settings: dict[str, Any], contents: dict[str, Any]) -> 
 def _record_rows(folder: Path, rows: int) -> None:
     """Record how many rows a stream has."""
     path = folder / _ROWS
-    found = json.loads(path.read_text())["rows"] if path.is_file() else rows
+    if not path.is_file():
+        write_file(path, json.dumps({"rows": rows}).encode())
+    found = json.loads(path.read_text())["rows"]
     if found != rows:
         raise ValueError(
             f"The stream gave {rows} rows, and {found} when it was scored into `output_dir='{folder}'` before. It must give "
             "the same rows each time. Choose another `output_dir`."
         )
-    write_file(path, json.dumps({"rows": rows}).encode())
-
-
-def _number_of_rows(folder: Path) -> int | None:
-    rows = read_manifest(folder).get("settings", {}).get("rows")
-    path = folder / _ROWS
-    return json.loads(path.read_text())["rows"] if rows is None and path.is_file() else rows
 
 
 def _complete(folder: Path) -> Dataset | None:
@@ -660,16 +709,24 @@ def _complete(folder: Path) -> Dataset | None:
         return None
 
 
-def _wait_for_all(folder: Path) -> Dataset:
+def _wait_for_all(folder: Path, process: int) -> Dataset:
     """The scores, when the other processes have written theirs. By the files: a collective has a timeout."""
+    pause, waited = 0.2, 0.0
     while (scores := _complete(folder)) is None:
-        time.sleep(1)
+        time.sleep(pause)
+        if process == 0 and waited < 10 <= waited + pause:
+            print(
+                f"Waiting for the shards of the other processes (WORLD_SIZE={os.environ.get('WORLD_SIZE')}) in {folder}. For "
+                "jobs that do not wait, see `part` (`--part`).",
+                file=sys.stderr,
+            )
+        waited, pause = waited + pause, min(1.5 * pause, 20.0)
     return scores
 
 
 def _warn_unscored(scores: Dataset, options: RowOptions) -> None:
     """Raise if no row has a score; warn if some have none."""
-    counts, sums = column_of(scores, "num_tokens"), column_of(scores, "nll_sum")
+    counts, sums = column_of(scores, "num_tokens").to_numpy(), column_of(scores, "nll_sum").to_numpy()
     empty, infinite = int((counts == 0).sum()), int((~np.isfinite(sums) & (counts > 0)).sum())
     if empty + infinite == 0:
         return
@@ -687,13 +744,19 @@ class _Progress:
     """A bar over the rows of this process, shown by the first one, with the speed."""
 
     def __init__(
-        self, dataset: Dataset | IterableDataset, scorer: Scorer, shard_size: int, process: int, processes: int
+        self,
+        dataset: Dataset | IterableDataset,
+        scorer: Scorer,
+        shard_size: int,
+        process: int,
+        processes: int,
+        shown: bool,
     ):
         total = None
         if isinstance(dataset, Dataset):
             own = range(process * shard_size, len(dataset), processes * shard_size)
             total = sum(min(shard_size, len(dataset) - start) for start in own)
-        options = {} if process == 0 else {"disable": True}  # else TQDM_DISABLE decides
+        options = {} if shown else {"disable": True}  # else TQDM_DISABLE decides
         self.bar = tqdm(total=total, unit="row", desc="Scoring", **options)
         self.scorer, self.start = scorer, time.monotonic()
 
@@ -847,7 +910,7 @@ def _score(args: argparse.Namespace) -> None:
     if scores is None:
         print(f"Part {args.part} is done. Other parts of {args.output_dir} are missing yet.")
         return
-    counts, sums = column_of(scores, "num_tokens"), column_of(scores, "nll_sum")
+    counts, sums = column_of(scores, "num_tokens").to_numpy(), column_of(scores, "nll_sum").to_numpy()
     valid = np.isfinite(sums)
     tokens = counts[valid].sum()
     print(f"{len(scores)} rows, {tokens} scored tokens, mean loss {sums[valid].sum() / tokens:.4f} nats a token.")

@@ -3,9 +3,9 @@
 import argparse
 import json
 import os
-import shutil
 import sys
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset, IterableDataset
+from datasets.exceptions import DatasetGenerationError
 
 from ..scripts.data import load_split
 from ..scripts.tools import options_of_config
 from ..scripts.train import INPUT_ERRORS, report_error, usage_error
-from .lobass import BANDS, SELECTIONS, check_same_rows, selection_scores, top_rows
+from .lobass import BANDS, SELECTIONS, check_same_rows, rows_at, selection_scores, top_rows
+from .report import FILES as REPORT_FILES
 from .report import check_report_tools, write_report
 from .scoring import ROW_SETTINGS, RowOptions, add_dataset_options, column_of, content_of, load_scores, row_hash
 from .shards import read_manifest
@@ -26,6 +28,7 @@ from .shards import read_manifest
 
 SCORES_FILE = "scores.parquet"
 SUMMARY_FILE = "selection.json"
+_FILES = (SCORES_FILE, SUMMARY_FILE, *REPORT_FILES, "state.json", "dataset_info.json")
 # What a score is called in the report, where that is not the name of the selection
 _NAMES = {
     "lobass": "learnability",
@@ -78,10 +81,17 @@ def write_selection(
         ValueError: The scores do not belong together or to the dataset, or `output_dir` is not free.
         ImportError: The report needs matplotlib.
     """
-    folder = Path(output_dir).expanduser()
+    folder = Path(output_dir).expanduser().resolve()
     check_output(folder, overwrite)
     if report:
         check_report_tools()
+    for name, value, default, users in (
+        ("normalize", normalize, "initial", "lobass"),
+        ("band", band, "low", "perplexity"),
+        ("seed", seed, 0, "random"),
+    ):
+        if value != default and selection != users:
+            raise ValueError(f"`{name}={value!r}` has no effect with `selection={selection!r}`. Drop it.")
     if reference is not None:
         check_same_rows(initial, reference)
     if isinstance(dataset, Dataset) and len(dataset) != len(initial):
@@ -90,10 +100,8 @@ def write_selection(
         )
     scores = selection_scores(selection, initial, reference, direct, normalize=normalize, band=band, seed=seed)
     chosen = top_rows(scores, fraction, k, min_score=min_score)
-    rows = _take(dataset, chosen, initial, RowOptions(dataset_text_field=dataset_text_field))
-
-    num_tokens, nll = column_of(initial, "num_tokens"), column_of(initial, "nll")
-    reference_nll = None if reference is None else column_of(reference, "nll")
+    num_tokens, nll = column_of(initial, "num_tokens").to_numpy(), column_of(initial, "nll").to_numpy()
+    reference_nll = None if reference is None else column_of(reference, "nll").to_numpy()
     dropped = _dropped(selection, scores, num_tokens, nll, min_score)
     summary = {
         "selection": selection,
@@ -108,9 +116,12 @@ def write_selection(
         "selected": len(chosen),
         "dropped": dropped,
     }
-    scratch = folder.with_name(f".{folder.name}.{os.getpid()}.writing")
+    shown = _may_be_shown(scores, chosen) if report else set()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    workplace = tempfile.TemporaryDirectory(prefix=f".{folder.name}.writing-", dir=folder.parent)
+    scratch = Path(workplace.name) / "selection"
     try:
-        scratch.parent.mkdir(parents=True, exist_ok=True)
+        rows, texts = _take(dataset, chosen, shown, initial, dataset_text_field, Path(workplace.name) / "cache")
         rows.save_to_disk(str(scratch))
         columns = {
             "index": column_of(initial, "index"),
@@ -132,16 +143,14 @@ def write_selection(
                 name=_NAMES.get(f"{selection} {band}" if selection == "perplexity" else selection, selection),
                 dropped=dropped,
                 comparisons=_comparisons(selection, len(chosen), initial, reference, direct, seed),
-                row_text=partial(_row_text, dataset, rows, chosen, dataset_text_field),
+                row_text=texts.__getitem__,
                 settings={name: value for name, value in summary.items() if value is not None and name != "dropped"},
                 loss_initial=nll,
                 loss_reference=reference_nll,
             )
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(scratch, folder)
+        _put_in_place(scratch, folder)
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        workplace.cleanup()
     return Dataset.load_from_disk(str(folder))
 
 
@@ -149,10 +158,14 @@ def check_output(folder: Path, overwrite: bool) -> None:
     """Raise unless a selection can be written to `folder`."""
     if folder.is_file():
         raise ValueError(f"`output_dir='{folder}'` is a file. Name a folder.")
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+    found = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    if not found:
         return
-    if not (folder / SUMMARY_FILE).is_file():
-        raise ValueError(f"`output_dir='{folder}'` holds other files. Choose another folder.")
+    others = [name for name in found if name not in _FILES and not name.endswith(".arrow")]
+    if SUMMARY_FILE not in found or others:
+        raise ValueError(
+            f"`output_dir='{folder}'` holds other files ({', '.join(others[:3])}). Choose another folder."
+        )
     if not overwrite:
         raise ValueError(
             f"`output_dir='{folder}'` already holds a selection. Choose another folder, or replace it with `overwrite=True` "
@@ -160,31 +173,73 @@ def check_output(folder: Path, overwrite: bool) -> None:
         )
 
 
-def _take(dataset: Dataset | IterableDataset, chosen: np.ndarray, initial: Dataset, options: RowOptions) -> Dataset:
-    """The chosen rows, after a check that they are those that were scored."""
-    hashes = column_of(initial, "row_hash")
+def _put_in_place(scratch: Path, folder: Path) -> None:
+    """Move the finished folder to its place, and what stood there beside it, to be removed last."""
+    old = scratch.with_name("replaced")
+    if folder.exists():
+        os.replace(folder, old)
+    try:
+        os.replace(scratch, folder)
+    except BaseException:
+        if old.exists():
+            os.replace(old, folder)
+        raise
+
+
+def _may_be_shown(scores: np.ndarray, chosen: np.ndarray, number: int = 20) -> set[int]:
+    """Rows whose text the report may show: from the top, around the cut, and from the bottom."""
+    valid = np.flatnonzero(np.isfinite(scores))
+    ordered = valid[np.argsort(-scores[valid], kind="stable")]
+    cut = len(chosen)
+    parts = (ordered[:number], ordered[max(cut - number, 0) : cut + number], ordered[-number:])
+    return set(np.concatenate(parts).tolist())
+
+
+def _take(
+    dataset: Dataset | IterableDataset,
+    chosen: np.ndarray,
+    shown: set[int],
+    initial: Dataset,
+    text_field: str,
+    cache: Path,
+) -> tuple[Dataset, dict[int, tuple[str, str]]]:
+    """The chosen rows, after a check that they are those that were scored, and the texts of some rows."""
+    hashes = dict(zip(chosen.tolist(), column_of(initial.select(chosen), "row_hash").to_pylist(), strict=True))
+    options = RowOptions(dataset_text_field=text_field)
+    texts = {}
 
     def check(row: Mapping[str, Any], index: int) -> None:
-        if index >= len(hashes) or row_hash(content_of(row, options)) != hashes[index]:
+        if row_hash(content_of(row, options)) != hashes[index]:
             raise ValueError(
                 f"Row {index} of the dataset is not the row that was scored. Name the dataset (split, order) that was scored."
             )
 
+    dataset = dataset.with_format(None)
     if isinstance(dataset, Dataset):
-        rows = dataset.with_format(None).select(chosen)
+        rows = dataset.select(chosen)
         for index, row in zip(chosen.tolist(), rows, strict=True):
             check(row, index)
-        return rows
-    kept, found = set(chosen.tolist()), []
-    for index, row in enumerate(dataset.with_format(None)):
-        if index in kept:
-            check(row, index)
-            found.append(row)
-    if len(found) != len(kept):
+        return rows, {index: _row_text(dataset[index], text_field) for index in shown}
+
+    def stream() -> Iterator[Mapping[str, Any]]:
+        wanted = sorted(shown | hashes.keys())
+        found = rows_at(dataset, frozenset(wanted))
+        for index, row in zip(wanted, found, strict=False):
+            if index in shown:
+                texts[index] = _row_text(row, text_field)
+            if index in hashes:
+                check(row, index)
+                yield row
+
+    try:
+        rows = Dataset.from_generator(stream, features=dataset.features, cache_dir=str(cache))
+    except DatasetGenerationError as error:
+        raise (error.__cause__ or error) from None
+    if len(rows) != len(chosen):
         raise ValueError(
-            f"The stream ended before row {max(kept)}, which was scored. Name the dataset that was scored."
+            f"The stream ended before row {chosen[-1]}, which was scored. Name the dataset that was scored."
         )
-    return Dataset.from_list(found, features=dataset.features)
+    return rows, texts
 
 
 def _dropped(
@@ -227,18 +282,9 @@ def _comparisons(
     return found
 
 
-def _row_text(
-    dataset: Dataset | IterableDataset, rows: Dataset, chosen: np.ndarray, text_field: str, index: int
-) -> tuple[str, str]:
+def _row_text(row: Mapping[str, Any], text_field: str) -> tuple[str, str]:
     """Prompt and completion of a row as text."""
-    place = int(np.searchsorted(chosen, index))
-    if place < len(chosen) and chosen[place] == index:
-        row = rows[place]
-    elif isinstance(dataset, Dataset):
-        row = dataset[index]
-    else:
-        row = next(iter(dataset.skip(index)))
-    if "prompt" in row and "completion" in row:
+    if row.get("prompt") is not None and row.get("completion") is not None:
         return _as_text(row["prompt"]), _as_text(row["completion"])
     for name in ("messages", "conversations"):
         if row.get(name):
@@ -274,7 +320,9 @@ def load_comparable(folders: Mapping[str, str | None]) -> tuple[dict[str, Datase
         if direct != (name == "direct"):
             found = "without their prompts" if direct else "with their prompts"
             raise ValueError(f"`--{name} {given[name]}` holds scores of completions {found} (see `--direct_prompt`).")
-        keys = ("rows", "dataset", *ROW_SETTINGS, "dtype")
+        keys = ["rows", "dataset", *ROW_SETTINGS, "dtype", "attn_implementation"]
+        if name == "direct":
+            keys.append("policy")  # the two losses are of one model
         differing = [
             f"{key}={manifest.get(key)!r} there and {manifests['initial'].get(key)!r} in {given['initial']}"
             for key in keys

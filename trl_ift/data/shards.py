@@ -27,15 +27,30 @@ def write_file(path: Path, data: bytes) -> None:
 
 
 def remove_scratch_files(folder: Path) -> None:
-    """Remove what writers that were killed have left behind. Call it when no file is being written any more."""
+    """Remove what writers on this machine have left behind when they were killed."""
     for kind in ("parquet", "json"):
-        for scratch in folder.glob(f".*.{kind}.*.tmp"):
-            scratch.unlink(missing_ok=True)
+        for scratch in folder.glob(f".*.{kind}.{socket.gethostname()}.*.tmp"):
+            if not _is_running(scratch.name.split(".")[-2]):
+                scratch.unlink(missing_ok=True)
+
+
+def _is_running(process: str) -> bool:
+    try:
+        os.kill(int(process), 0)
+    except (ProcessLookupError, ValueError):
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def read_manifest(folder: str | os.PathLike) -> dict[str, Any]:
     """Return what `manifest.json` says: how the shards were made, and what is known of their number and totals."""
-    return json.loads((Path(folder) / MANIFEST).read_text(encoding="utf-8"))
+    path = Path(folder) / MANIFEST
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"`{path}` is damaged ({error}). Delete the folder, or choose another.") from None
 
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:

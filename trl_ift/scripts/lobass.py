@@ -6,32 +6,28 @@ dataset, with the report). Interrupted at any point, the same command goes on.
 
 import gc
 import json
+import math
 import os
+import re
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from trl_ift.scripts.train import INPUT_ERRORS, parse_options, report_error, usage_error
+from trl_ift.scripts.train import INPUT_ERRORS, model_init_kwargs, parse_options, report_error, usage_error
 
 
 PROG = "trl-ift lobass"
 STATE_FILE = "lobass.json"
-# Settings of the training that a run which goes on must share with the one before
-_RECIPE = (
-    "num_train_epochs", "max_steps", "learning_rate", "lr_scheduler_type", "warmup_steps", "warmup_ratio", "weight_decay",
-    "max_grad_norm", "optim", "per_device_train_batch_size", "gradient_accumulation_steps", "seed", "data_seed", "bf16",
-    "fp16", "packing", "max_length", "truncation_mode", "completion_only_loss", "assistant_only_loss",
-    "dataset_text_field", "eos_token", "chat_template_path", "loss_type",
-)  # fmt: skip
-_MODEL = (
-    "model_name_or_path", "model_revision", "dtype", "use_peft", "lora_r", "lora_alpha", "lora_dropout",
-    "lora_target_modules", "lora_modules_to_save", "use_rslora", "use_dora", "load_in_4bit", "load_in_8bit",
-)  # fmt: skip
+# Options of the training that may change when a run goes on: they do not change the reference
+_MAY_CHANGE = re.compile(
+    "output_dir|.*logging.*|log_.*|report_to|run_name|project|trackio.*|disable_tqdm|save_.*|eval_.*|.*_eval_.*|do_.*|push_.*"
+    "|hub_.*|dataloader_num_workers|dataloader_pin_memory|dataloader_p.*|dataset_num_proc|overwrite_.*|resume_from_checkpoint"
+    "|use_cpu|ddp_timeout|.*local_rank|gradient_checkpointing.*|activation_checkpointing.*|torch_compile.*|debug|deepspeed"
+)
 
 
 @dataclass
@@ -99,7 +95,7 @@ class LoBaSSArguments:
         default=None,
         metadata={
             "help": "Dtype of the models that score. Bfloat16 by default if the reference is trained in it, else the model's.",
-            "choices": ["auto", "bfloat16", "float16", "float32"],
+            "choices": ["bfloat16", "float16", "float32"],
         },
     )
     batch_tokens: int = field(default=8192, metadata={"help": "Most tokens of a batch of the scoring."})
@@ -111,7 +107,7 @@ class LoBaSSArguments:
     )
 
     def __post_init__(self):
-        from trl_ift.checks import check_range
+        from trl_ift.checks import check_choice, check_range
 
         if self.fraction is not None and self.k is not None:
             raise ValueError(f"`fraction={self.fraction}` and `k={self.k}` exclude each other. Drop one.")
@@ -120,6 +116,9 @@ class LoBaSSArguments:
         for name in ("k", "cross_fit", "batch_tokens", "shard_size"):
             if getattr(self, name) is not None:
                 check_range(name, getattr(self, name), 1, integer=True)
+        check_choice("normalize", self.normalize, ("initial", "reference", "none"))
+        if self.min_score is not None:  # no score of the method itself exceeds 1
+            check_range("min_score", self.min_score, -math.inf, 1 if self.normalize == "initial" else math.inf)
 
 
 def make_parser() -> Any:
@@ -149,7 +148,7 @@ def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: An
 
     from trl_ift.checks import check_model_source, check_quantization, check_sft_dataset
     from trl_ift.data.report import check_report_tools
-    from trl_ift.data.scoring import RowOptions
+    from trl_ift.data.scoring import DIRECT_PROMPT, RowOptions, check_prompts, content_of, dataset_digest
     from trl_ift.data.selection import check_output, join_folds, print_selection, write_selection
     from trl_ift.scripts.data import load_splits
 
@@ -157,6 +156,8 @@ def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: An
         raise ValueError("No model: name a Hub id or a local folder with `--model_name_or_path`.")
     if training_args.push_to_hub:
         raise ValueError("`--push_to_hub`: the reference is a means, and is not pushed. Drop the option.")
+    if training_args.resume_from_checkpoint:
+        raise ValueError("`--resume_from_checkpoint`: a run goes on by itself from where it was. Drop the option.")
     model = os.path.expanduser(model_args.model_name_or_path)
     check_quantization(model_args)
     check_model_source(model, None)
@@ -176,8 +177,12 @@ def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: An
         )
     if number is not None and options.k is not None and options.k > number:
         raise ValueError(f"`k={options.k}`, but there are only {number} rows. Lower it.")
+    if number is None and training_args.max_steps <= 0:
+        raise ValueError("The length of a streamed dataset is not known: say how long to train with `--max_steps`.")
+    init_kwargs = model_init_kwargs(training_args, model_args)
     if _is_main_process():
-        _claim(root, script_args, training_args, model_args, options, number)
+        data = {"rows": number, "dataset_digest": dataset_digest(dataset, row_options)}
+        _claim(root, data | _settings(training_args, model_args, script_args, options))
 
     folds: list[Any] = [None]
     if options.cross_fit > 1:
@@ -186,27 +191,29 @@ def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: An
     names = ["reference"] if len(folds) == 1 else [f"reference-{fold}" for fold in range(len(folds))]
     for name, fold in zip(names, folds, strict=True):
         rows = dataset if fold is None else dataset.select(np.setdiff1d(np.arange(len(dataset)), fold))
-        _train_reference(root / name, model, rows, eval_dataset, training_args, model_args)
+        _train_reference(root / name, model, rows, eval_dataset, training_args, model_args, init_kwargs)
+    _leave_process_group()
 
-    scoring = _Scoring(model, model_args, training_args, options, row_options, root)
-    uses_ifd = options.ifd and options.report and _has_prompt(next(iter(dataset)), row_options)
+    scoring = _Scoring(model, model_args, training_args, init_kwargs, options, row_options, root)
+    before: list[_Task] = [("initial", dataset, None)]
+    if options.ifd and options.report:
+        try:
+            check_prompts(DIRECT_PROMPT, content_of(next(iter(dataset)), row_options), row_options)
+            before.append(("direct", dataset, DIRECT_PROMPT))
+        except ValueError:
+            _say("Rows without prompts: no comparison with IFD.")
+    after: list[_Task] = [
+        (name, dataset if fold is None else dataset.select(fold), None)
+        for name, fold in zip(names, folds, strict=True)
+    ]
     if get_peft_config(model_args) is None:
-        with scoring.loaded(None) as initial_model:
-            initial = scoring.score(initial_model, dataset, "initial")
-            direct = scoring.score(initial_model, dataset, "direct", direct=True) if uses_ifd else None
-        parts = []
-        for name, fold in zip(names, folds, strict=True):
-            with scoring.loaded(root / name) as reference_model:
-                parts.append(scoring.score(reference_model, dataset if fold is None else dataset.select(fold), name))
+        scores = scoring.score(model, before)
+        for task in after:
+            scores += scoring.score(str(root / task[0]), [task])
     else:  # one model in memory
-        with scoring.loaded(None, adapters={name: root / name for name in names}) as adapted:
-            with adapted.disable_adapter():
-                initial = scoring.score(adapted, dataset, "initial")
-                direct = scoring.score(adapted, dataset, "direct", direct=True) if uses_ifd else None
-            parts = []
-            for name, fold in zip(names, folds, strict=True):
-                adapted.set_adapter(name)
-                parts.append(scoring.score(adapted, dataset if fold is None else dataset.select(fold), name))
+        scores = scoring.score(model, before, after)
+    initial, direct = scores[0], scores[1] if len(before) == 2 else None
+    parts = scores[len(before) :]
     reference = parts[0] if len(folds) == 1 else join_folds(list(zip(folds, parts, strict=True)))
     if not _is_main_process():
         return
@@ -237,47 +244,46 @@ def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: An
     print_selection(root / "selection", len(selected), len(initial), options.report)
 
 
-def _claim(
-    root: Path, script_args: Any, training_args: Any, model_args: Any, options: LoBaSSArguments, number: int | None
-) -> None:
+def _settings(training_args: Any, model_args: Any, script_args: Any, options: LoBaSSArguments) -> dict[str, Any]:
+    """What the reference depends on beside the rows."""
+    settings = {name: value for name, value in training_args.to_dict().items() if not _MAY_CHANGE.fullmatch(name)}
+    settings |= vars(model_args)
+    settings |= {"dataset": script_args.dataset_name, "dataset_split": script_args.dataset_train_split}
+    settings["cross_fit"] = options.cross_fit
+    return json.loads(json.dumps(settings, default=str))
+
+
+def _claim(root: Path, settings: dict[str, Any]) -> None:
     """Record what the folder is made with, or raise if it was made with something else."""
     from trl_ift.data.shards import write_file
 
-    state: dict[str, Any] = {
-        "dataset": script_args.dataset_name,
-        "dataset_config": script_args.dataset_config,
-        "dataset_split": script_args.dataset_train_split,
-        "rows": number,
-        "cross_fit": options.cross_fit,
-    }
-    state |= {name: getattr(training_args, name) for name in _RECIPE if hasattr(training_args, name)}
-    state |= {name: getattr(model_args, name) for name in _MODEL if hasattr(model_args, name)}
-    state = json.loads(json.dumps(state, default=str))
     file = root / STATE_FILE
     if file.is_file():
         found = json.loads(file.read_text(encoding="utf-8"))
-        differing = [f"{name}={found.get(name)!r} (now {v!r})" for name, v in state.items() if found.get(name) != v]
-        if differing:
+        differing = [f"{name}={found.get(name)!r} (now {v!r})" for name, v in settings.items() if found.get(name) != v]
+        has_results = any(root.glob("reference*/checkpoint-*")) or any(root.glob("reference*/trained.json"))
+        if differing and has_results:
             raise ValueError(
                 f"`output_dir='{root}'` holds a run that was made with {', '.join(differing)}. Choose another `output_dir`, "
                 "or, to go on there, give the same again."
             )
-        return
-    if root.is_dir() and any(root.iterdir()):
+    elif root.is_dir() and any(root.iterdir()):
         raise ValueError(f"`output_dir='{root}'` is not empty, and holds no run of LoBaSS. Choose another folder.")
     root.mkdir(parents=True, exist_ok=True)
-    write_file(file, (json.dumps(state, indent=2) + "\n").encode())
-
-
-def _has_prompt(row: Any, options: Any) -> bool:
-    return "prompt" in row and "completion" in row and options.completion_only_loss is not False
+    write_file(file, (json.dumps(settings, indent=2) + "\n").encode())
 
 
 # ---------------------------------------------------------------- the reference
 
 
 def _train_reference(
-    folder: Path, model: str, dataset: Any, eval_dataset: Any, training_args: Any, model_args: Any
+    folder: Path,
+    model: str,
+    dataset: Any,
+    eval_dataset: Any,
+    training_args: Any,
+    model_args: Any,
+    init_kwargs: dict[str, Any],
 ) -> None:
     """Fine-tune the model on the rows with TRL's `SFTTrainer`, from the last checkpoint if there is one, unless it is done."""
     import torch
@@ -285,7 +291,7 @@ def _train_reference(
     from transformers import set_seed
     from trl import SFTTrainer, get_peft_config, get_quantization_config
 
-    from trl_ift.checks import is_complete_checkpoint
+    from trl_ift.checks import WEIGHT_FILES, is_complete_checkpoint
     from trl_ift.data.shards import write_file
     from trl_ift.trl_internals import keep_4bit_trainable_on_cpu, score_labelled_positions_only
 
@@ -295,13 +301,7 @@ def _train_reference(
         return
     args = copy(training_args)
     args.output_dir = str(folder)
-    args.model_init_kwargs = {
-        "revision": model_args.model_revision,
-        "trust_remote_code": training_args.trust_remote_code,
-        "attn_implementation": model_args.attn_implementation,
-        "dtype": model_args.dtype,
-        **(training_args.model_init_kwargs or {}),
-    }
+    args.model_init_kwargs = init_kwargs
     checkpoints = [path for path in folder.glob("checkpoint-*") if is_complete_checkpoint(path)]
     last = max(checkpoints, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
     _say(f"Training the reference in {folder}" + (f", from {last.name}." if last else "."))
@@ -317,10 +317,18 @@ def _train_reference(
     keep_4bit_trainable_on_cpu(trainer.model)
     # The same loss, sooner on a CPU
     score_labelled_positions_only(trainer.model.get_base_model() if is_peft_model(trainer.model) else trainer.model)
-    trainer.train(resume_from_checkpoint=None if last is None else str(last))
+    try:
+        trainer.train(resume_from_checkpoint=None if last is None else str(last))
+    except INPUT_ERRORS as error:
+        raise RuntimeError(f"The training of the reference in {folder} failed.") from error
     trainer.save_model(args.output_dir)
     trainer.accelerator.wait_for_everyone()
     if _is_main_process():
+        if not any((folder / name).is_file() for name in WEIGHT_FILES):
+            raise RuntimeError(
+                f"The training was completed, but saved no weights in {folder}. With FSDP, set `fsdp_state_dict_type: "
+                "FULL_STATE_DICT`; with ZeRO-3, `stage3_gather_16bit_weights_on_model_save`."
+            )
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         write_file(done, json.dumps({"steps": trainer.state.global_step, "last_loss": losses[-1:]}).encode())
     trainer.accelerator.wait_for_everyone()
@@ -331,7 +339,21 @@ def _train_reference(
         torch.cuda.empty_cache()
 
 
+def _leave_process_group() -> None:
+    """Scoring needs no collectives, and a process that is done must not keep others waiting until they time out."""
+    import torch
+    from transformers.integrations import unset_hf_deepspeed_config
+
+    unset_hf_deepspeed_config()  # ZeRO-3 would shard the models that score
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
 # ---------------------------------------------------------------- the scores
+
+# Name of the scores (and of the adapter), rows, `direct_prompt`
+_Task = tuple[str, Any, str | None]
 
 
 class _Scoring:
@@ -342,65 +364,66 @@ class _Scoring:
         model: str,
         model_args: Any,
         training_args: Any,
+        init_kwargs: dict[str, Any],
         options: LoBaSSArguments,
         row_options: Any,
         root: Path,
     ):
+        from transformers import AutoConfig, AutoTokenizer
         from trl import get_quantization_config
 
-        default = "bfloat16" if training_args.bf16 else model_args.dtype or "float32"
-        self.dtype = options.score_dtype or default
-        self.model, self.options, self.row_options, self.root = model, options, row_options, root
-        self.tokenizer_options = {
-            "revision": model_args.model_revision,
-            "trust_remote_code": training_args.trust_remote_code,
-        }
-        self.init_kwargs = {
-            **(training_args.model_init_kwargs or {}),
-            **self.tokenizer_options,
-            "attn_implementation": model_args.attn_implementation,
-            "dtype": self.dtype,
-        }
+        source = {name: init_kwargs[name] for name in ("revision", "trust_remote_code") if name in init_kwargs}
+        dtype = options.score_dtype or ("bfloat16" if training_args.bf16 else init_kwargs["dtype"] or "float32")
+        if dtype == "auto":  # that of the initial model, for both
+            dtype = str(AutoConfig.from_pretrained(model, **source).dtype or "float32").removeprefix("torch.")
+        self.dtype, self.options, self.row_options, self.root = dtype, options, row_options, root
+        self.tokenizer = AutoTokenizer.from_pretrained(model, **source)
+        self.initial, self.init_kwargs = model, {**init_kwargs, "dtype": dtype}
         quantization = get_quantization_config(model_args)
         if quantization is not None:
             self.init_kwargs["quantization_config"] = quantization
 
-    @contextmanager
-    def loaded(self, folder: Path | None, adapters: dict[str, Path] | None = None) -> Iterator[Any]:
-        """The model in `folder`, or the initial one, possibly with adapters; freed at the end."""
+    def score(self, source: str, tasks: Sequence[_Task], adapter_tasks: Sequence[_Task] = ()) -> list[Any]:
+        """Load a model, score with it, and then with each of its adapters, which are in the folders of their names.
+
+        The model is freed at the end: nothing else holds it.
+        """
         import torch
         from peft import PeftModel
 
         from trl_ift.data.inference import load_model, own_device
 
-        processes = int(os.environ.get("WORLD_SIZE", "1"))
-        model: Any = load_model(str(folder or self.model), None, self.init_kwargs, own_device(processes))
-        for name, path in (adapters or {}).items():
+        options = dict(self.init_kwargs)
+        if source != self.initial:
+            options.pop("revision", None)  # a folder of ours
+        model: Any = load_model(source, None, options, own_device(int(os.environ.get("WORLD_SIZE", "1"))))
+        scores = [self._score(model, task) for task in tasks]
+        for task in adapter_tasks:
+            folder = str(self.root / task[0])
             if isinstance(model, PeftModel):
-                model.load_adapter(str(path), adapter_name=name)
+                model.load_adapter(folder, adapter_name=task[0])
+                model.set_adapter(task[0])
             else:
-                model = PeftModel.from_pretrained(model, str(path), adapter_name=name)
-        try:
-            yield model
-        finally:
-            del model
-            gc.collect()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+                model = PeftModel.from_pretrained(model, folder, adapter_name=task[0])
+            scores.append(self._score(model, task))
+        del model
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return scores
 
-    def score(self, model: Any, dataset: Any, name: str, direct: bool = False) -> Any:
-        from transformers import AutoTokenizer
+    def _score(self, model: Any, task: _Task) -> Any:
+        from trl_ift.data.scoring import score_dataset
 
-        from trl_ift.data.scoring import DIRECT_PROMPT, score_dataset
-
+        name, dataset, direct_prompt = task
         _say(f"Scoring: {name}.")
         return score_dataset(
             model,
             dataset,
             self.root / "scores" / name,
-            processing_class=AutoTokenizer.from_pretrained(self.model, **self.tokenizer_options),
+            processing_class=self.tokenizer,
             args=self.row_options,
-            direct_prompt=DIRECT_PROMPT if direct else None,
+            direct_prompt=direct_prompt,
             batch_tokens=self.options.batch_tokens,
             shard_size=self.options.shard_size,
         )

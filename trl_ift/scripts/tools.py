@@ -23,8 +23,12 @@ def options_of_config(argv: list[str], parser: argparse.ArgumentParser) -> list[
     switches = {action.dest for action in parser._actions if action.nargs == 0}
     options = []
     for name, value in config.items():
+        if value is None and parser.get_default(name) is None:
+            continue
         if name not in switches:
-            options.append(f"--{name}={value}")
+            options.append(f"--{name}={'none' if value is None else value}")
+        elif not isinstance(value, bool):
+            raise ValueError(f"`--config {file}`: `{name}: {value!r}` must be true or false.")
         elif value:
             options.append(f"--{name}")
     return options

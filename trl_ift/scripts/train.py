@@ -100,13 +100,7 @@ def prepare(method: Method, script_args: Any, training_args: Any, model_args: An
     set_seed(training_args.seed)
     train_dataset, eval_dataset = load_splits(script_args, dataset_args, training_args)
 
-    training_args.model_init_kwargs = {
-        "revision": model_args.model_revision,
-        "trust_remote_code": training_args.trust_remote_code,
-        "attn_implementation": model_args.attn_implementation,
-        "dtype": model_args.dtype,
-        **(training_args.model_init_kwargs or {}),
-    }
+    training_args.model_init_kwargs = model_init_kwargs(training_args, model_args)
     return method.trainer_class(
         model=model,
         args=training_args,
@@ -115,6 +109,17 @@ def prepare(method: Method, script_args: Any, training_args: Any, model_args: An
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )
+
+
+def model_init_kwargs(training_args: Any, model_args: Any) -> dict[str, Any]:
+    """Arguments of `from_pretrained`; those in `model_init_kwargs` win."""
+    return {
+        "revision": model_args.model_revision,
+        "trust_remote_code": training_args.trust_remote_code,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        **(training_args.model_init_kwargs or {}),
+    }
 
 
 def train(trainer: Any, dataset_name: str | None = None) -> None:
