@@ -81,6 +81,8 @@ def load_model(
     """Load a model as TRL does; on `device`, where TRL would spread it over all GPUs."""
     if device is not None and device.type not in ("cpu", "mps"):
         init_kwargs = {"device_map": {"": device}} | init_kwargs
+    elif not torch.accelerator.is_available():
+        init_kwargs = {"device_map": None} | init_kwargs  # "auto" would form a group of the launched processes
     model = create_model_from_path(source, **init_kwargs)
     return model if adapter is None else PeftModel.from_pretrained(model, adapter)
 

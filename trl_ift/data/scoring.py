@@ -208,7 +208,7 @@ class Scorer:
                     "(or the one that the dataset was tokenized with) is another model's."
                 )
         sequences = [row if row is None else self._sequence(*row) for row in prepared]
-        counts = [0 if row is None else sum(label != -100 for label in row[1][1:]) for row in sequences]
+        counts = [0 if row is None else int(sum(label != -100 for label in row[1][1:])) for row in sequences]
         found: list[dict[str, Any]] = [
             {
                 "row_hash": row_hash(row),
@@ -434,6 +434,8 @@ def row_hash(content: Mapping[str, Any]) -> str:
 def _without_nulls(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _without_nulls(v) for key, v in value.items() if v is not None}
+    if isinstance(value, np.ndarray | np.generic):  # rows of other libraries
+        value = value.tolist()
     return [_without_nulls(v) for v in value] if isinstance(value, list | tuple) else value
 
 

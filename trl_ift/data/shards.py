@@ -22,6 +22,11 @@ def write_file(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(scratch, path)
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"`{path}` cannot be written: {error.strerror}. What is finished is kept; free some space and go on",
+        ) from error
     finally:
         scratch.unlink(missing_ok=True)
 
