@@ -41,6 +41,7 @@ from ..scripts.train import INPUT_ERRORS, report_error, usage_error
 from ..trl_internals import get_config_model_id, prepare_sft_rows
 from .fingerprint import model_fingerprint
 from .inference import (
+    LIKE,
     batches,
     check_model,
     check_runnable,
@@ -229,7 +230,7 @@ class Scorer:
                 found[index]["nll"] = found[index]["nll_sum"] / counts[index]
         lengths = [len(ids) for ids, _ in to_score]
         self.tokens += sum(lengths)
-        self.padded_tokens += sum(len(b) * lengths[b[0]] for b in batches(lengths, self.batch_tokens))
+        self.padded_tokens += sum(len(b) * lengths[b[0]] for b in batches(lengths, self.batch_tokens, LIKE))
         return found
 
     def _sequence(self, ids: list[int], labels: list[int]) -> tuple[list[int], list[int]] | None:

@@ -23,9 +23,9 @@ def write_file(path: Path, data: bytes) -> None:
             os.fsync(file.fileno())
         os.replace(scratch, path)
     except OSError as error:
+        reason = error.strerror or error
         raise OSError(
-            error.errno,
-            f"`{path}` cannot be written: {error.strerror}. What is finished is kept; free some space and go on",
+            f"`{path}` cannot be written: {reason}. What is finished is kept: free some space and go on."
         ) from error
     finally:
         scratch.unlink(missing_ok=True)
