@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -124,6 +124,12 @@ class RowOptions:
                 "tokens, which the model to score does not have. Save the template in a file and name that."
             )
 
+    def resolved(self, first_row: Mapping[str, Any]) -> "RowOptions":
+        """Decide from the first row of a dataset whether only completions are scored, as TRL does, unless that is said."""
+        if self.completion_only_loss is not None:
+            return self
+        return replace(self, completion_only_loss="prompt" in first_row and "completion" in first_row)
+
     def applied_to(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
         """Return the tokenizer with the end-of-sequence token and the template: a copy, if they are others."""
         if self.eos_token is None and self.chat_template_path is None:
@@ -201,6 +207,7 @@ class Scorer:
         if not rows:
             return []
         rows = [content_of(row, self.options) for row in rows]
+        self.options = self.options.resolved(rows[0])  # by the first row of the first call
         prepared = _prepare(rows, self.tokenizer, self.options)
         for index, row in enumerate(prepared):
             if row is not None and max(row[0], default=0) >= self.vocabulary:
@@ -316,9 +323,7 @@ def score_dataset(
     check_model(model, processing_class, adapter, init_kwargs)
     dataset = _check_dataset(dataset, options)
     first_row = content_of(next(iter(dataset)), options)
-    if options.completion_only_loss is None:  # as TRL decides
-        resolved = "prompt" in first_row and "completion" in first_row
-        options = RowOptions(**{**asdict(options), "completion_only_loss": resolved})
+    options = options.resolved(first_row)
     check_prompts(direct_prompt, first_row, options)
     if options.assistant_only_loss and not is_conversational(first_row):
         raise ValueError("`assistant_only_loss=True`, but the dataset is not conversational. Drop the option.")
@@ -477,15 +482,12 @@ def _prepare_all(
         for index, row in enumerate(rows):
             yield {**row, _INDEX: index}
 
-    completion_only = options.completion_only_loss
-    if completion_only is None:
-        completion_only = "prompt" in rows[0] and "completion" in rows[0]
     prepared = prepare_sft_rows(
         IterableDataset.from_generator(numbered),
         tokenizer,
         max_length=options.max_length,
         truncation_mode=options.truncation_mode,
-        completion_only_loss=completion_only,
+        completion_only_loss=bool(options.completion_only_loss),
         assistant_only_loss=options.assistant_only_loss,
         dataset_text_field=options.dataset_text_field,
     )
