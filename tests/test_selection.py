@@ -19,6 +19,7 @@ from datasets import Dataset, IterableDataset, load_from_disk
 from trl_ift.cli import main
 from trl_ift.data import learnability, load_scores, score_dataset, selection_scores, top_rows
 from trl_ift.data import selection as module
+from trl_ift.data.scoring import row_hash
 from trl_ift.data.selection import join_folds, write_selection
 from trl_ift.scripts import lobass
 from trl_ift.scripts.data import load_named
@@ -158,6 +159,17 @@ def test_texts_of_the_report(data, prompt, completion, tokenizer):
     page = Path("out/report.md").read_text()
     assert completion in page
     assert prompt in page
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_report_of_equal_scores(streamed):
+    rows = Dataset.from_list([{"text": f"row {i} of many"} for i in range(120)])
+    hashes = [row_hash({"text": row["text"]}) for row in rows]
+    equal = losses([1.0] * 120, row_hash=hashes)
+    data = IterableDataset.from_generator(lambda: iter(rows.to_list())) if streamed else rows
+    assert write_selection("out", data, equal, equal, min_score=-1.0)["text"] == rows["text"][:7]
+    assert json.loads(Path("out/selection.json").read_text())["fraction"] == 0.06
+    assert "row 0 of many" in Path("out/report.md").read_text()
 
 
 def test_nothing_is_written_over_or_half_written(scored, monkeypatch):

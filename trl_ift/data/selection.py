@@ -19,7 +19,7 @@ from datasets.exceptions import DatasetGenerationError
 from ..scripts.data import load_split
 from ..scripts.tools import options_of_config
 from ..scripts.train import INPUT_ERRORS, report_error, usage_error
-from .lobass import BANDS, SELECTIONS, check_same_rows, rows_at, selection_scores, top_rows
+from .lobass import BANDS, DEFAULT_FRACTION, SELECTIONS, check_same_rows, rows_at, selection_scores, top_rows
 from .report import FILES as REPORT_FILES
 from .report import check_report_tools, write_report
 from .scoring import ROW_SETTINGS, RowOptions, add_dataset_options, column_of, content_of, load_scores, row_hash
@@ -105,7 +105,7 @@ def write_selection(
     dropped = _dropped(selection, scores, num_tokens, nll, min_score)
     summary = {
         "selection": selection,
-        "fraction": fraction if k is None else None,
+        "fraction": DEFAULT_FRACTION if fraction is None and k is None else fraction,
         "k": k,
         "min_score": min_score,
         **({"normalize": normalize} if selection == "lobass" else {}),
@@ -133,6 +133,13 @@ def write_selection(
             "selected": np.isin(np.arange(len(scores)), chosen),
         }
         pq.write_table(pa.table(columns), scratch / SCORES_FILE)
+
+        def text_of(index: int) -> tuple[str, str]:
+            if index not in texts:  # among equal scores, the report may show others
+                row = dataset[index] if isinstance(dataset, Dataset) else next(rows_at(dataset, {index}))
+                texts[index] = _row_text(row, dataset_text_field)
+            return texts[index]
+
         (scratch / SUMMARY_FILE).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
         if report:
             write_report(
@@ -143,7 +150,7 @@ def write_selection(
                 name=_NAMES.get(f"{selection} {band}" if selection == "perplexity" else selection, selection),
                 dropped=dropped,
                 comparisons=_comparisons(selection, len(chosen), initial, reference, direct, seed),
-                row_text=texts.__getitem__,
+                row_text=text_of,
                 settings={name: value for name, value in summary.items() if value is not None and name != "dropped"},
                 loss_initial=nll,
                 loss_reference=reference_nll,
