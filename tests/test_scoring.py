@@ -1573,3 +1573,18 @@ def test_two_processes_of_the_command(command, capfd):
     assert capfd.readouterr().out.count("Written to out.") == 1
     assert main([*command, *options, "--output_dir", "one"]) == 0
     assert contents("out") == contents("one")
+
+
+def test_of_two_jobs_that_start_at_once_the_first_manifest_counts(tmp_path, llama, score, monkeypatch):
+    """Another job with other settings claims the folder between the look for a manifest and the writing of one."""
+    folder, write = tmp_path / "out", scoring.write_manifest
+
+    def late(path, manifest, **options):
+        other = manifest | {"settings": manifest["settings"] | {"shard_size": 999}}
+        write(path, other)
+        write(path, manifest, **options)
+
+    monkeypatch.setattr(scoring, "write_manifest", late)
+    with pytest.raises(ValueError, match=r"shard_size=999 \(now 4\)"):
+        score(llama, ROWS, folder, shard_size=4)
+    assert not list(folder.glob("*.parquet"))

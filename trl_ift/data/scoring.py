@@ -678,7 +678,10 @@ def _claim(folder: Path, settings: dict[str, Any], contents: dict[str, Any]) -> 
     """Write the manifest, or, where there is one, compare with it."""
     versions = library_versions()
     if not (folder / MANIFEST).is_file():
-        write_manifest(folder, {"format": _FORMAT, **contents, "settings": settings, "versions": versions})
+        manifest = {"format": _FORMAT, **contents, "settings": settings, "versions": versions}
+        write_manifest(
+            folder, manifest, keep_existing=True
+        )  # of another job that starts now, perhaps with other settings
     check_manifest(folder, _FORMAT, settings, "scores")
     found = read_manifest(folder)
     if found["batch_tokens"] != contents["batch_tokens"]:

@@ -12,8 +12,11 @@ from typing import Any
 MANIFEST = "manifest.json"
 
 
-def write_file(path: Path, data: bytes) -> None:
-    """Write a file so that it is there whole, or not at all."""
+def write_file(path: Path, data: bytes, keep_existing: bool = False) -> None:
+    """Write a file so that it is there whole, or not at all.
+
+    With `keep_existing`, of several processes that write it at the same time the first one wins.
+    """
     # Unique, so that two processes that write the same file do not mix
     scratch = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
     try:
@@ -21,7 +24,15 @@ def write_file(path: Path, data: bytes) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(scratch, path)
+        if not keep_existing:
+            os.replace(scratch, path)
+        elif not path.exists():
+            try:
+                os.link(scratch, path)
+            except FileExistsError:
+                pass
+            except OSError:  # a file system without hard links
+                os.replace(scratch, path)
     except OSError as error:
         reason = error.strerror or error
         raise OSError(
@@ -58,8 +69,9 @@ def read_manifest(folder: str | os.PathLike) -> dict[str, Any]:
         raise ValueError(f"`{path}` is damaged ({error}). Delete the folder, or choose another.") from None
 
 
-def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
-    write_file(folder / MANIFEST, (json.dumps(manifest, indent=2) + "\n").encode())
+def write_manifest(folder: Path, manifest: Mapping[str, Any], keep_existing: bool = False) -> None:
+    """Write the manifest; with `keep_existing` only if there is none yet."""
+    write_file(folder / MANIFEST, (json.dumps(manifest, indent=2) + "\n").encode(), keep_existing)
 
 
 def check_manifest(folder: Path, format_: Any, settings: Mapping[str, Any], what: str) -> None:
