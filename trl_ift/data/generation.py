@@ -33,8 +33,8 @@ from trl import ModelConfig, extract_prompt, get_quantization_config
 from ..checks import check_choice, check_quantization, check_range
 from ..hub.card import library_versions
 from ..scripts.data import load_split
-from ..scripts.tools import launch, options_of_config
-from ..scripts.train import INPUT_ERRORS, report_error, usage_error
+from ..scripts.tools import add_model_options, run_tool
+from ..scripts.train import usage_error
 from ..trl_internals import get_config_model_id, tokenize
 from .fingerprint import base_model, model_fingerprint
 from .inference import (
@@ -720,8 +720,7 @@ def make_parser(prog: str = "trl-ift generate") -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file of options; those on the command line win")
-    parser.add_argument("--model_name_or_path", required=True, help="Hub id or folder of the model")
-    parser.add_argument("--adapter", help="Hub id or folder of a PEFT adapter, loaded on the model")
+    add_model_options(parser)
     parser.add_argument("--dataset_name", required=True, help="file, folder or Hub id of the prompts")
     parser.add_argument("--dataset_config", help="configuration of a dataset on the Hub")
     parser.add_argument("--dataset_split", default="train", help="split of the dataset")
@@ -734,30 +733,13 @@ def make_parser(prog: str = "trl-ift generate") -> argparse.ArgumentParser:
         kind = int if default is None else type(default)
         parser.add_argument(f"--{name}", type=kind, default=default, help=text)
     parser.add_argument("--no_score", action="store_true", help="leave out the log-probabilities (`ref_logps`)")
-    dtypes = ("auto", "bfloat16", "float16", "float32")
-    parser.add_argument("--dtype", choices=dtypes, default="float32", help="dtype of the model")
-    parser.add_argument("--load_in_4bit", action="store_true", help="quantize the model to 4 bits")
-    parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
-    parser.add_argument("--num_processes", type=int, default=1, help="processes, each with a model of its own")
     parser.error = partial(usage_error, prog)  # type: ignore[method-assign]
     return parser
 
 
 def main(argv: list[str]) -> int:
-    """Run `trl-ift generate`; return 0, 1 after an error that its message explains, or 130 after Ctrl-C."""
-    parser = make_parser()
-    try:
-        args = parser.parse_args(options_of_config(argv, parser) + argv)
-        if args.num_processes < 1:
-            parser.error(f"--num_processes {args.num_processes} must be at least 1")
-        if args.num_processes > 1 and "RANK" not in os.environ:
-            return launch(args.num_processes, "trl_ift.data.generation", argv)
-        _generate(args)
-    except KeyboardInterrupt:
-        return 130
-    except INPUT_ERRORS as error:
-        return report_error(parser.prog, error)
-    return 0
+    """Run `trl-ift generate` and return its exit code."""
+    return run_tool(make_parser(), argv, _generate, "trl_ift.data.generation")
 
 
 def _generate(args: argparse.Namespace) -> None:

@@ -36,8 +36,8 @@ from trl import ModelConfig, get_quantization_config, is_conversational
 from ..checks import check_choice, check_quantization, check_range, check_sft_dataset
 from ..hub.card import library_versions
 from ..scripts.data import load_split
-from ..scripts.tools import launch, options_of_config
-from ..scripts.train import INPUT_ERRORS, report_error, usage_error
+from ..scripts.tools import add_model_options, run_tool
+from ..scripts.train import usage_error
 from ..trl_internals import get_config_model_id, prepare_sft_rows
 from .fingerprint import model_fingerprint
 from .inference import (
@@ -800,8 +800,7 @@ def make_parser(prog: str = "trl-ift score") -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--config", metavar="FILE", help="YAML file of options; those on the command line win")
-    add("--model_name_or_path", required=True, help="Hub id or folder of the model")
-    add("--adapter", help="Hub id or folder of a PEFT adapter, loaded on the model")
+    add_model_options(parser)
     add_dataset_options(parser)
     add("--dataset_streaming", action="store_true", help="read the dataset as a stream")
     add("--output_dir", required=True, help="folder of the scores")
@@ -815,11 +814,6 @@ def make_parser(prog: str = "trl-ift score") -> argparse.ArgumentParser:
     signature = inspect.signature(score_dataset).parameters
     for name, text in _HELP.items():
         add(f"--{name}", type=int, default=signature[name].default, help=text)
-    dtypes = ("auto", "bfloat16", "float16", "float32")
-    add("--dtype", choices=dtypes, default="float32", help="dtype of the model")
-    add("--load_in_4bit", action="store_true", help="quantize the model to 4 bits")
-    add("--trust_remote_code", action="store_true", help="run code that comes with the model")
-    add("--num_processes", type=int, default=1, help="processes of this machine, each with a model of its own")
     add(
         "--part", metavar="p/P", help="this is independent job p (from 0) of P: take every P-th shard, wait for nobody"
     )
@@ -878,22 +872,8 @@ def parse_part(text: str | None) -> tuple[int, int] | None:
 
 
 def main(argv: list[str]) -> int:
-    """Run `trl-ift score`; return 0, 1 after an error that its message explains, or 130 after Ctrl-C."""
-    parser = make_parser()
-    try:
-        args = parser.parse_args(options_of_config(argv, parser) + argv)
-        if args.num_processes < 1:
-            parser.error(f"--num_processes {args.num_processes} must be at least 1")
-        if args.num_processes > 1 and args.part is not None:
-            parser.error("--num_processes and --part exclude each other")
-        if args.num_processes > 1 and "RANK" not in os.environ:
-            return launch(args.num_processes, "trl_ift.data.scoring", argv)
-        _score(args)
-    except KeyboardInterrupt:
-        return 130
-    except INPUT_ERRORS as error:
-        return report_error(parser.prog, error)
-    return 0
+    """Run `trl-ift score` and return its exit code."""
+    return run_tool(make_parser(), argv, _score, "trl_ift.data.scoring")
 
 
 def _score(args: argparse.Namespace) -> None:

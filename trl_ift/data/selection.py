@@ -17,8 +17,8 @@ from datasets import Dataset, IterableDataset
 from datasets.exceptions import DatasetGenerationError
 
 from ..scripts.data import load_split
-from ..scripts.tools import options_of_config
-from ..scripts.train import INPUT_ERRORS, report_error, usage_error
+from ..scripts.tools import run_tool
+from ..scripts.train import usage_error
 from .lobass import BANDS, DEFAULT_FRACTION, SELECTIONS, check_same_rows, rows_at, selection_scores, top_rows
 from .report import FILES as REPORT_FILES
 from .report import check_report_tools, write_report
@@ -380,15 +380,8 @@ def add_selection_options(parser: argparse.ArgumentParser) -> None:
 
 
 def main(argv: list[str]) -> int:
-    """Run `trl-ift select`; return 0, 1 after an error that its message explains, or 130 after Ctrl-C."""
-    parser = make_parser()
-    try:
-        _select(parser.parse_args(options_of_config(argv, parser) + argv))
-    except KeyboardInterrupt:
-        return 130
-    except INPUT_ERRORS as error:
-        return report_error(parser.prog, error)
-    return 0
+    """Run `trl-ift select` and return its exit code."""
+    return run_tool(make_parser(), argv, _select)
 
 
 def _select(args: argparse.Namespace) -> None:

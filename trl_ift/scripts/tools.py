@@ -1,13 +1,55 @@
-"""What the tools beside the training commands share: the YAML file of `--config`, several processes on one machine."""
+"""What the tools beside the training commands share: options, the YAML file of `--config`, processes, exit codes."""
 
 import argparse
 import logging
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import yaml
+
+from .train import INPUT_ERRORS, report_error
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of a model that is only run."""
+    add = parser.add_argument
+    add("--model_name_or_path", required=True, help="Hub id or folder of the model")
+    add("--adapter", help="Hub id or folder of a PEFT adapter, loaded on the model")
+    dtypes = ("auto", "bfloat16", "float16", "float32")
+    add("--dtype", choices=dtypes, default="float32", help="dtype of the model")
+    add("--load_in_4bit", action="store_true", help="quantize the model to 4 bits")
+    add("--trust_remote_code", action="store_true", help="run code that comes with the model")
+    add("--num_processes", type=int, default=1, help="processes of this machine, each with a model of its own")
+
+
+def run_tool(
+    parser: argparse.ArgumentParser,
+    argv: list[str],
+    run: Callable[[argparse.Namespace], None],
+    module: str | None = None,
+) -> int:
+    """Parse the options and run a tool, in `--num_processes` processes if it is the `module` of one that has the option.
+
+    Returns:
+        0, 1 after an error that its message explains, 130 after Ctrl-C, or the exit code of the processes.
+    """
+    try:
+        args = parser.parse_args(options_of_config(argv, parser) + argv)
+        if module is not None and args.num_processes < 1:
+            parser.error(f"--num_processes {args.num_processes} must be at least 1")
+        if module is not None and args.num_processes > 1 and getattr(args, "part", None) is not None:
+            parser.error("--num_processes and --part exclude each other")
+        if module is not None and args.num_processes > 1 and "RANK" not in os.environ:
+            return launch(args.num_processes, module, argv)
+        run(args)
+    except KeyboardInterrupt:
+        return 130
+    except INPUT_ERRORS as error:
+        return report_error(parser.prog, error)
+    return 0
 
 
 def options_of_config(argv: list[str], parser: argparse.ArgumentParser) -> list[str]:
