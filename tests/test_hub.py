@@ -267,7 +267,7 @@ def test_every_saved_folder_is_safe_to_share(peft, hub_base_model, model_dir, tm
     assert {path.parent for path in tmp_path.rglob("README.md")} >= {folders[0], folders[2]}
     for card in cards:
         assert check_model_card(card) == []
-        assert card.data.library_name == ("peft" if peft else "transformers")
+        assert card.data.to_dict()["library_name"] == ("peft" if peft else "transformers")
         assert card.data.base_model == hub_base_model
         base = (
             "[org/tiny-llama](https://huggingface.co/org/tiny-llama)"
@@ -412,14 +412,14 @@ def test_cards_of_the_pushed_models(pushed):
     assert check_model_card(full) == []
     assert adapter.data.base_model == "org/tiny-base"
     assert adapter.data.base_model_relation == "adapter"
-    assert adapter.data.library_name == "peft"
+    assert adapter.data.to_dict()["library_name"] == "peft"
     assert adapter.data.tags[:3] == ["trl", "trl-ift", "ift"]
     assert adapter.data.datasets == ["org/tiny-data"]
     assert "| `ift_lambda` |" in adapter.text
     assert "| `learning_rate` | `0.01` |" in adapter.text
     assert "https://huggingface.co/papers/2405.11870" in adapter.text
     assert full.data.base_model is None
-    assert full.data.library_name == "transformers"
+    assert full.data.to_dict()["library_name"] == "transformers"
     assert full.data.datasets is None
     assert "`tiny-base` (a local model)" in full.text
 

@@ -27,17 +27,17 @@ EXAMPLE = Path(__file__).parents[1] / "examples" / "score_ray.py"
 
 
 @pytest.fixture
-def session():
+def ray_folder():
     """Folder of what Ray writes; its sockets need a short path."""
     folder = tempfile.mkdtemp(prefix="ray-")
     yield folder
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def _run(session: str, *argv: str) -> subprocess.CompletedProcess:
+def _run(ray_folder: str, *argv: str) -> subprocess.CompletedProcess:
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     environment |= {
-        "RAY_TMPDIR": session,
+        "RAY_TMPDIR": ray_folder,
         "RAY_AUTH_TOKEN": secrets.token_hex(32),  # else Ray keeps one in the home directory
         "RAY_DEFAULT_OBJECT_STORE_MAX_MEMORY_BYTES": str(100 * 2**20),
     }
@@ -45,23 +45,23 @@ def _run(session: str, *argv: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 
 
-def _processes(session: str) -> list[str]:
-    """Command lines of the processes that Ray has started in this session."""
+def _processes(ray_folder: str) -> list[str]:
+    """Command lines of the processes that Ray has started here."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         try:
             command, environment = ((process / name).read_bytes() for name in ("cmdline", "environ"))
         except OSError:  # it has ended, or is another user's
             continue
-        if session.encode() in command + environment:
+        if ray_folder.encode() in command + environment:
             found.append(command.replace(b"\0", b" ").decode())
     return found
 
 
-def _ended(session: str, seconds: float = 15) -> bool:
+def _ended(ray_folder: str, seconds: float = 15) -> bool:
     """Whether the processes are gone, which may take them a moment."""
     end = time.monotonic() + seconds
-    while _processes(session):
+    while _processes(ray_folder):
         if time.monotonic() > end:
             return False
         time.sleep(0.2)
@@ -81,7 +81,7 @@ def _repeated(data: Dataset, times: int) -> Dataset:
 
 
 @pytest.mark.parametrize(("kind", "max_length"), [("adapter", 16), ("reference_model", 100)])
-def test_scores(kind, max_length, tmp_path, session, tokenizer, model_dir):
+def test_scores(kind, max_length, tmp_path, ray_folder, tokenizer, model_dir):
     """Prompt-completion rows in JSON lines with an adapter; conversational rows in Parquet with a model of its own.
 
     Some rows are cut, so that none of their scored tokens is left.
@@ -104,9 +104,9 @@ def test_scores(kind, max_length, tmp_path, session, tokenizer, model_dir):
     output = tmp_path / "scores"
     argv = ["--model", model_dir, f"--{kind}", reference_dir, "--data", str(tmp_path / "rows" / "*")]
     argv += ["--output", str(output), "--workers", "2", "--max_length", str(max_length)]
-    result = _run(session, *argv, "--batch_rows", "8", "--batch_tokens", "256")
+    result = _run(ray_folder, *argv, "--batch_rows", "8", "--batch_tokens", "256")
     assert result.returncode == 0, result.stderr[-3000:]
-    assert _ended(session), _processes(session)
+    assert _ended(ray_folder), _processes(ray_folder)
 
     options = {"processing_class": tokenizer, "args": SFTConfig(max_length=max_length, bf16=False, report_to="none")}
     with pytest.warns(UserWarning, match="no scored token"):
@@ -121,10 +121,10 @@ def test_scores(kind, max_length, tmp_path, session, tokenizer, model_dir):
     assert np.nanmax(np.abs(found["learnability"])) > 1e-3
 
 
-def test_nothing_is_written_over(tmp_path, session):
+def test_nothing_is_written_over(tmp_path, ray_folder):
     output = tmp_path / "scores"
     output.mkdir()
-    result = _run(session, "--data", "rows.jsonl", "--output", str(output))
+    result = _run(ray_folder, "--data", "rows.jsonl", "--output", str(output))
     assert result.returncode == 2
     assert f"`{output}` exists" in result.stderr
     assert not list(output.iterdir())

@@ -33,7 +33,7 @@ from trl import ModelConfig, extract_prompt, get_quantization_config
 from ..checks import check_choice, check_quantization, check_range
 from ..hub.card import library_versions
 from ..scripts.data import load_split
-from ..scripts.tools import add_model_options, run_tool
+from ..scripts.tools import add_dataset_options, add_model_options, run_tool
 from ..scripts.train import usage_error
 from ..trl_internals import get_config_model_id, tokenize
 from .fingerprint import base_model, model_fingerprint
@@ -721,10 +721,7 @@ def make_parser(prog: str = "trl-ift generate") -> argparse.ArgumentParser:
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file of options; those on the command line win")
     add_model_options(parser)
-    parser.add_argument("--dataset_name", required=True, help="file, folder or Hub id of the prompts")
-    parser.add_argument("--dataset_config", help="configuration of a dataset on the Hub")
-    parser.add_argument("--dataset_split", default="train", help="split of the dataset")
-    parser.add_argument("--dataset_streaming", action="store_true", help="read the dataset as a stream")
+    add_dataset_options(parser)
     parser.add_argument("--max_rows", type=int, help="take the first rows only")
     parser.add_argument("--output_dir", required=True, help="folder of the completions")
     signature = inspect.signature(generate_completions).parameters

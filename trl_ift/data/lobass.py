@@ -56,7 +56,7 @@ def learnability(
         check_choice("normalize", normalize, ("initial", "reference"))
     check_choice("reduction", reduction, ("mean", "sum"))
     check_same_rows(initial, reference)
-    # Means and sums give the same ratio; of means it has no more rounding than of sums
+    # Means and sums give the same ratio; sums have been rounded once less
     column = "nll" if normalize is None and reduction == "mean" else "nll_sum"
     before, after = _losses(initial, column), _losses(reference, column)
     divisor = {"initial": before, "reference": after, None: np.ones_like(before)}[normalize]

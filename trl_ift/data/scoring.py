@@ -36,7 +36,7 @@ from trl import ModelConfig, get_quantization_config, is_conversational
 from ..checks import check_choice, check_quantization, check_range, check_sft_dataset
 from ..hub.card import library_versions
 from ..scripts.data import load_split
-from ..scripts.tools import add_model_options, run_tool
+from ..scripts.tools import add_dataset_options, add_model_options, run_tool
 from ..scripts.train import usage_error
 from ..trl_internals import get_config_model_id, prepare_sft_rows
 from .fingerprint import model_fingerprint
@@ -802,7 +802,6 @@ def make_parser(prog: str = "trl-ift score") -> argparse.ArgumentParser:
     add("--config", metavar="FILE", help="YAML file of options; those on the command line win")
     add_model_options(parser)
     add_dataset_options(parser)
-    add("--dataset_streaming", action="store_true", help="read the dataset as a stream")
     add("--output_dir", required=True, help="folder of the scores")
     add_row_options(parser)
     add(
@@ -819,13 +818,6 @@ def make_parser(prog: str = "trl-ift score") -> argparse.ArgumentParser:
     )
     parser.error = partial(usage_error, prog)  # type: ignore[method-assign]
     return parser
-
-
-def add_dataset_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options that name a dataset."""
-    parser.add_argument("--dataset_name", required=True, help="file, folder or Hub id of the dataset")
-    parser.add_argument("--dataset_config", help="configuration of a dataset on the Hub")
-    parser.add_argument("--dataset_split", default="train", help="split of the dataset")
 
 
 def add_row_options(parser: argparse.ArgumentParser) -> None:

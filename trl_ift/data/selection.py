@@ -17,12 +17,12 @@ from datasets import Dataset, IterableDataset
 from datasets.exceptions import DatasetGenerationError
 
 from ..scripts.data import load_split
-from ..scripts.tools import run_tool
+from ..scripts.tools import add_dataset_options, run_tool
 from ..scripts.train import usage_error
 from .lobass import BANDS, DEFAULT_FRACTION, SELECTIONS, check_same_rows, rows_at, selection_scores, top_rows
 from .report import FILES as REPORT_FILES
 from .report import check_report_tools, write_report
-from .scoring import ROW_SETTINGS, RowOptions, add_dataset_options, column_of, content_of, load_scores, row_hash
+from .scoring import ROW_SETTINGS, RowOptions, column_of, content_of, load_scores, row_hash
 from .shards import read_manifest
 
 
@@ -310,6 +310,12 @@ def _as_text(value: Any) -> str:
     return "\n".join(f"{role}: {content}" for role, content in parts)
 
 
+def join_folds(folds: Sequence[tuple[np.ndarray, Dataset]]) -> Dataset:
+    """Return the scores of all rows from scores of parts of them: (row indices, scores) each."""
+    tables = [part.data.table.set_column(0, "index", pa.array(indices)) for indices, part in folds]
+    return Dataset(pa.concat_tables(tables).sort_by("index"))
+
+
 # ---------------------------------------------------------------- the command line
 
 
@@ -358,25 +364,18 @@ def make_parser(prog: str = "trl-ift select") -> argparse.ArgumentParser:
     add("--reference", help="scores under the fine-tuned model")
     add("--direct", help="scores of the completions alone, for ifd and superfiltering")
     add_dataset_options(parser)
-    add("--dataset_streaming", action="store_true", help="read the dataset as a stream")
     add("--output_dir", required=True, help="folder to write")
     add("--selection", choices=list(SELECTIONS), default="lobass", help="which rows are kept")
-    add_selection_options(parser)
+    add("--fraction", type=float, help="share of all rows, in (0, 1] (default: 0.06, if --k is not given)")
+    add("--k", type=int, help="number of rows, in place of --fraction")
+    add("--min_score", type=float, help="rows with a lower score are never selected; 0 drops those made worse")
+    add("--normalize", choices=("initial", "reference", "none"), default="initial", help="divisor of the difference")
     add("--band", choices=BANDS, default="low", help="which perplexities are kept")
     add("--seed", type=int, default=0, help="seed of the random selection")
     add("--no_report", action="store_true", help="write no report")
     add("--overwrite", action="store_true", help="replace an earlier selection")
     parser.error = partial(usage_error, prog)  # type: ignore[method-assign]
     return parser
-
-
-def add_selection_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options that say how many rows are selected."""
-    add = parser.add_argument
-    add("--fraction", type=float, help="share of all rows, in (0, 1] (default: 0.06, if --k is not given)")
-    add("--k", type=int, help="number of rows, in place of --fraction")
-    add("--min_score", type=float, help="rows with a lower score are never selected; 0 drops those made worse")
-    add("--normalize", choices=("initial", "reference", "none"), default="initial", help="divisor of the difference")
 
 
 def main(argv: list[str]) -> int:
@@ -420,12 +419,6 @@ def print_selection(folder: str | os.PathLike, selected: int, rows: int, report:
     print(f"Selected {selected} of {rows} rows. Train on them with `--dataset_name {folder}`.")
     if report:
         print(f"The report: {Path(folder) / 'report.html'}")
-
-
-def join_folds(folds: Sequence[tuple[np.ndarray, Dataset]]) -> Dataset:
-    """Return the scores of all rows from scores of parts of them: (row indices, scores) each."""
-    tables = [part.data.table.set_column(0, "index", pa.array(indices)) for indices, part in folds]
-    return Dataset(pa.concat_tables(tables).sort_by("index"))
 
 
 if __name__ == "__main__":

@@ -25,6 +25,15 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     add("--num_processes", type=int, default=1, help="processes of this machine, each with a model of its own")
 
 
+def add_dataset_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that name a dataset."""
+    add = parser.add_argument
+    add("--dataset_name", required=True, help="file, folder or Hub id of the dataset")
+    add("--dataset_config", help="configuration of a dataset on the Hub")
+    add("--dataset_split", default="train", help="split of the dataset")
+    add("--dataset_streaming", action="store_true", help="read the dataset as a stream")
+
+
 def run_tool(
     parser: argparse.ArgumentParser,
     argv: list[str],
