@@ -92,6 +92,32 @@ def test_lobass(tmp_path, model_dir, data_dir):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["spin", "ld_align"])
+def test_self_play(name, tmp_path, model_dir, data_dir):
+    paths = ["--model_name_or_path", model_dir, "--dataset_name", data_dir, "--output_dir", "out"]
+    run = [
+        "--max_steps",
+        "2",
+        "--logging_steps",
+        "1",
+        "--num_iterations",
+        "2",
+        "--max_new_tokens",
+        "8",
+        "--report_to",
+        "none",
+    ]
+    if name == "ld_align":
+        run += ["--guide_options", '{"latent_dim": 4, "max_length": 64, "eval_fraction": 0.25}']
+    result = _python(f"{name}.py", *paths, *run, folder=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert len(re.findall(r"^Iteration [12]: (8|16) pairs", result.stdout, re.MULTILINE)) == 2
+    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+    assert (tmp_path / "out" / "iteration-1" / "stages.json").is_file()
+    assert (tmp_path / "out" / "guide" / "guide.json").is_file() == (name == "ld_align")
+
+
+@pytest.mark.slow
 def test_tpo(tmp_path, model_dir, pairs_dir):
     paths = ["--model_name_or_path", model_dir, "--dataset_name", pairs_dir, "--output_dir", "out"]
     run = ["--max_steps", "2", "--logging_steps", "1", "--loss_type", "tpo-l", "--report_to", "none"]

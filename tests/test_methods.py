@@ -63,6 +63,16 @@ OPTIONS = {
         "pretrain_weight": ({}, 0.1),
         "pretrain_dataset_name": ({"pretrain_weight": 0.1}, "texts.jsonl"),
     },
+    "spin": {
+        "loss_type": ({}, "exponential"),
+        "beta": ({}, 0.5),
+    },
+    "ld-align": {
+        "loss_type": ({}, "hinge"),
+        "beta": ({}, 0.5),
+        "weight_normalization": ({}, "minmax"),
+        "weight_clip": ({}, [0.5, 1.5]),
+    },
     "tpo": {
         "loss_type": ({}, "tpo-l"),
         "beta": ({}, 0.5),
@@ -92,6 +102,10 @@ DATA = {
     "dpo": lambda settings: {"train_dataset": tiny.preference_data()},
     "davir-dpo": lambda settings: {"train_dataset": tiny.preference_data()},
     "mpo": mpo_data,
+    "spin": lambda settings: {"train_dataset": tiny.preference_data()},
+    "ld-align": lambda settings: {
+        "train_dataset": tiny.preference_data().add_column("latent_distance", [2.0, 0.5, 1.0, 3.0, 0.1, 1.5, 0.7, 2.5])
+    },
     "tpo": lambda settings: {"train_dataset": tiny.triple_data()},
 }
 

@@ -25,6 +25,9 @@ from .registry import METHODS, Method, get_method, methods_table
 # Tools with a `main(argv) -> int` of their own: name -> (module, help)
 _TOOLS = {
     "generate": ("trl_ift.data.generation", "Sample completions of a model for a prompt dataset"),
+    "pairs": ("trl_ift.data.pairs", "Pair the answers of an SFT dataset with generated ones"),
+    "guide": ("trl_ift.latent.training", "Train the guiding model of LD-Align"),
+    "weigh": ("trl_ift.latent.weigh", "Weigh pairs by the latent distance of their answers"),
     "triples": ("trl_ift.data.triples", "Build triples (gold, chosen, rejected) from scored responses"),
     "score": ("trl_ift.data.scoring", "Write the loss of every row of an SFT dataset under a model"),
     "select": ("trl_ift.data.selection", "Select rows of an SFT dataset by their scores, with a report"),
@@ -121,9 +124,8 @@ def _print_env() -> None:
 
 def _train(method: Method, argv: list[str]) -> int:
     """Launch the training script of `method` with accelerate; return the exit code of the training."""
-    from .scripts.train import make_parser
-
-    return _run_launched(make_parser(method, f"trl-ift {method.name}"), "train.py", [method.name], argv)
+    script = import_module(f".scripts.{method.script.removesuffix('.py')}", __package__)
+    return _run_launched(script.make_parser(method, f"trl-ift {method.name}"), method.script, [method.name], argv)
 
 
 def _run_launched(parser: Any, script: str, leading: list[str], argv: list[str]) -> int:

@@ -9,6 +9,7 @@ _NAMES = {
     "DIRECT_PROMPT": "scoring",
     "SELECTIONS": "lobass",
     "Scorer": "scoring",
+    "build_pairs": "pairs",
     "build_triples": "triples",
     "generate_completions": "generation",
     "learnability": "lobass",

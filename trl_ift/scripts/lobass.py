@@ -4,11 +4,9 @@
 dataset, with the report). Interrupted at any point, the same command goes on.
 """
 
-import gc
 import json
 import math
 import os
-import re
 import sys
 from collections.abc import Sequence
 from copy import copy
@@ -18,16 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from trl_ift.scripts.train import INPUT_ERRORS, model_init_kwargs, parse_options, report_error, usage_error
+from trl_ift.stages import as_json, claim, free_memory, is_main_process, say, train_and_save, training_settings
 
 
 PROG = "trl-ift lobass"
 STATE_FILE = "lobass.json"
-# Options of the training that may change when a run goes on: they do not change the reference
-_MAY_CHANGE = re.compile(
-    "output_dir|.*logging.*|log_.*|report_to|run_name|project|trackio.*|disable_tqdm|save_.*|eval_.*|.*_eval_.*|do_.*|push_.*"
-    "|hub_.*|dataloader_num_workers|dataloader_pin_memory|dataloader_p.*|dataset_num_proc|overwrite_.*|resume_from_checkpoint"
-    "|use_cpu|ddp_timeout|.*local_rank|gradient_checkpointing.*|activation_checkpointing.*|torch_compile.*|debug|deepspeed"
-)
 
 
 @dataclass
@@ -180,9 +173,11 @@ def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: An
     if number is None and training_args.max_steps <= 0:
         raise ValueError("The length of a streamed dataset is not known: say how long to train with `--max_steps`.")
     init_kwargs = model_init_kwargs(training_args, model_args)
-    if _is_main_process():
+    if is_main_process():
         data = {"rows": number, "dataset_digest": dataset_digest(dataset, row_options)}
-        _claim(root, data | _settings(training_args, model_args, script_args, options))
+        has_results = any(root.glob("reference*/checkpoint-*")) or any(root.glob("reference*/trained.json"))
+        settings = as_json(data | _settings(training_args, model_args, script_args, options))
+        claim(root, STATE_FILE, settings, has_results, "run of LoBaSS")
 
     folds: list[Any] = [None]
     if options.cross_fit > 1:
@@ -201,7 +196,7 @@ def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: An
             check_prompts(DIRECT_PROMPT, content_of(next(iter(dataset)), row_options), row_options)
             before.append(("direct", dataset, DIRECT_PROMPT))
         except ValueError:
-            _say("Rows without prompts: no comparison with IFD.")
+            say("Rows without prompts: no comparison with IFD.")
     after: list[_Task] = [
         (name, dataset if fold is None else dataset.select(fold), None)
         for name, fold in zip(names, folds, strict=True)
@@ -215,7 +210,7 @@ def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: An
     initial, direct = scores[0], scores[1] if len(before) == 2 else None
     parts = scores[len(before) :]
     reference = parts[0] if len(folds) == 1 else join_folds(list(zip(folds, parts, strict=True)))
-    if not _is_main_process():
+    if not is_main_process():
         return
     selected = write_selection(
         root / "selection",
@@ -246,31 +241,8 @@ def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: An
 
 def _settings(training_args: Any, model_args: Any, script_args: Any, options: LoBaSSArguments) -> dict[str, Any]:
     """What the reference depends on beside the rows."""
-    settings = {name: value for name, value in training_args.to_dict().items() if not _MAY_CHANGE.fullmatch(name)}
-    settings |= vars(model_args)
-    settings |= {"dataset": script_args.dataset_name, "dataset_split": script_args.dataset_train_split}
-    settings["cross_fit"] = options.cross_fit
-    return json.loads(json.dumps(settings, default=str))
-
-
-def _claim(root: Path, settings: dict[str, Any]) -> None:
-    """Record what the folder is made with, or raise if it was made with something else."""
-    from trl_ift.data.shards import write_file
-
-    file = root / STATE_FILE
-    if file.is_file():
-        found = json.loads(file.read_text(encoding="utf-8"))
-        differing = [f"{name}={found.get(name)!r} (now {v!r})" for name, v in settings.items() if found.get(name) != v]
-        has_results = any(root.glob("reference*/checkpoint-*")) or any(root.glob("reference*/trained.json"))
-        if differing and has_results:
-            raise ValueError(
-                f"`output_dir='{root}'` holds a run that was made with {', '.join(differing)}. Choose another `output_dir`, "
-                "or, to go on there, give the same again."
-            )
-    elif root.is_dir() and any(root.iterdir()):
-        raise ValueError(f"`output_dir='{root}'` is not empty, and holds no run of LoBaSS. Choose another folder.")
-    root.mkdir(parents=True, exist_ok=True)
-    write_file(file, (json.dumps(settings, indent=2) + "\n").encode())
+    named = {"dataset": script_args.dataset_name, "dataset_split": script_args.dataset_train_split}
+    return training_settings(training_args) | vars(model_args) | named | {"cross_fit": options.cross_fit}
 
 
 # ---------------------------------------------------------------- the reference
@@ -286,25 +258,21 @@ def _train_reference(
     init_kwargs: dict[str, Any],
 ) -> None:
     """Fine-tune the model on the rows with TRL's `SFTTrainer`, from the last checkpoint if there is one, unless it is done."""
-    import torch
     from accelerate.utils import is_peft_model
     from transformers import set_seed
     from trl import SFTTrainer, get_peft_config, get_quantization_config
 
-    from trl_ift.checks import WEIGHT_FILES, is_complete_checkpoint
     from trl_ift.data.shards import write_file
     from trl_ift.trl_internals import keep_4bit_trainable_on_cpu, score_labelled_positions_only
 
     done = folder / "trained.json"
     if done.is_file():
-        _say(f"The reference in {folder} is trained.")
+        say(f"The reference in {folder} is trained.")
         return
     args = copy(training_args)
     args.output_dir = str(folder)
     args.model_init_kwargs = init_kwargs
-    checkpoints = [path for path in folder.glob("checkpoint-*") if is_complete_checkpoint(path)]
-    last = max(checkpoints, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
-    _say(f"Training the reference in {folder}" + (f", from {last.name}." if last else "."))
+    say(f"Training the reference in {folder}.")
     set_seed(args.seed)
     trainer = SFTTrainer(
         model,
@@ -317,26 +285,13 @@ def _train_reference(
     keep_4bit_trainable_on_cpu(trainer.model)
     # The same loss, sooner on a CPU
     score_labelled_positions_only(trainer.model.get_base_model() if is_peft_model(trainer.model) else trainer.model)
-    try:
-        trainer.train(resume_from_checkpoint=None if last is None else str(last))
-    except INPUT_ERRORS as error:
-        raise RuntimeError(f"The training of the reference in {folder} failed.") from error
-    trainer.save_model(args.output_dir)
-    trainer.accelerator.wait_for_everyone()
-    if _is_main_process():
-        if not any((folder / name).is_file() for name in WEIGHT_FILES):
-            raise RuntimeError(
-                f"The training was completed, but saved no weights in {folder}. With FSDP, set `fsdp_state_dict_type: "
-                "FULL_STATE_DICT`; with ZeRO-3, `stage3_gather_16bit_weights_on_model_save`."
-            )
-        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-        write_file(done, json.dumps({"steps": trainer.state.global_step, "last_loss": losses[-1:]}).encode())
+    record = train_and_save(trainer, folder, "the reference")
+    if is_main_process():
+        write_file(done, json.dumps(record).encode())
     trainer.accelerator.wait_for_everyone()
     trainer.end()
     del trainer
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    free_memory()
 
 
 def _leave_process_group() -> None:
@@ -388,7 +343,6 @@ class _Scoring:
 
         The model is freed at the end: nothing else holds it.
         """
-        import torch
         from peft import PeftModel
 
         from trl_ift.data.inference import load_model, own_device
@@ -407,16 +361,14 @@ class _Scoring:
                 model = PeftModel.from_pretrained(model, folder, adapter_name=task[0])
             scores.append(self._score(model, task))
         del model
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        free_memory()
         return scores
 
     def _score(self, model: Any, task: _Task) -> Any:
         from trl_ift.data.scoring import score_dataset
 
         name, dataset, direct_prompt = task
-        _say(f"Scoring: {name}.")
+        say(f"Scoring: {name}.")
         return score_dataset(
             model,
             dataset,
@@ -427,15 +379,6 @@ class _Scoring:
             batch_tokens=self.options.batch_tokens,
             shard_size=self.options.shard_size,
         )
-
-
-def _is_main_process() -> bool:
-    return os.environ.get("RANK", "0") == "0"
-
-
-def _say(text: str) -> None:
-    if _is_main_process():
-        print(text, flush=True)
 
 
 def run(argv: list[str]) -> int:
@@ -450,7 +393,7 @@ def run(argv: list[str]) -> int:
         except INPUT_ERRORS as error:
             return report_error(PROG, error)
     except KeyboardInterrupt:
-        if _is_main_process():
+        if is_main_process():
             print("\nInterrupted. To go on, run the same command again.", file=sys.stderr)
         return 130
     return 0

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from trl_ift.registry import Method, get_method
+from trl_ift.stages import is_main_process
 
 
 # What the checks of this package and the loaders of datasets and models raise for bad input
@@ -166,7 +167,7 @@ def run(argv: list[str]) -> int:
             return report_error(prog, error)
         train(trainer, script_args.dataset_name)
     except KeyboardInterrupt:
-        if _is_main_process():
+        if is_main_process():
             print(f"\n{_how_to_continue(output_dir)}", file=sys.stderr)
         return 130
     return 0
@@ -199,7 +200,7 @@ def parse_options(parser: Any, argv: list[str], prog: str) -> tuple[Any, ...]:
         usage_error(prog, unknown_option(unknown[0], option_strings(parser) | launch_options))
 
     training_args = parsed[1]
-    if training_args.use_cpu and _is_main_process():
+    if training_args.use_cpu and is_main_process():
         precision = "bfloat16" if training_args.bf16 else "float32"
         reason = "as asked for" if wants_cpu or torch.accelerator.is_available() else "no accelerator found"
         print(f"Training on the CPU in {precision} ({reason}; `--use_cpu`, `--bf16` change it).")
@@ -210,10 +211,6 @@ def _resume_value(value: str | bool | None) -> str | bool | None:
     """`--resume_from_checkpoint true` means the last checkpoint, as `True` does in Python."""
     words = {"true": True, "false": None, "none": None, "": None}
     return words.get(value.lower(), value) if isinstance(value, str) else value
-
-
-def _is_main_process() -> bool:
-    return os.environ.get("RANK", "0") == "0"
 
 
 def _how_to_continue(output_dir: str | None) -> str:
