@@ -361,13 +361,12 @@ def report(args) -> None:
         ]
         print(f"| {name} | {' | '.join(columns)} |")
     print("\n| answers of | cut at the limit | dropped | chrF to the human answer |\n| --- | --- | --- | --- |")
-    for name, found in results[0].items():
-        if "counts" in found:
-            cut = [r[name]["counts"]["truncated"] / r[name]["counts"]["completions"] for r in results]
-            dropped = [sum(r[name]["counts"]["dropped"].values()) for r in results]
-            print(
-                f"| {name} | {spread(cut)} | {spread(dropped, 1)} | {spread([r[name]['chrf'] for r in results], 1)} |"
-            )
+    for name in names:
+        found = [result[name] for result in results if "counts" in result.get(name, {})]
+        if found:
+            cut = [one["counts"]["truncated"] / one["counts"]["completions"] for one in found]
+            dropped = [sum(one["counts"]["dropped"].values()) for one in found]
+            print(f"| {name} | {spread(cut)} | {spread(dropped, 1)} | {spread([one['chrf'] for one in found], 1)} |")
     print("\n| weights of LD-Align | iteration 1 | iteration 2 |\n| --- | --- | --- |")
     found = [
         [json.loads(file.read_text()) for f in folders if (file := f / f"weights-{i}.json").is_file()] for i in (1, 2)

@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import random
+import socket
 import subprocess
 import sys
 import warnings
@@ -384,6 +385,7 @@ def test_of_copies_shared_weights_and_leaves_loaded_ones(tokenizer):
     assert guide.decoder is decoder
     other = tiny.model("llama", tokenizer, seed=1)
     assert GuideModel.of(other, decoder, latent_dim=4).encoder is other.model  # no copy
+    assert guide.encoder(input_ids=torch.tensor([[5, 6]])).past_key_values is None  # no cache is built
     # attention stays what it was: transformers resets that of configs it is given
     assert guide.decoder.config._attn_implementation == "sdpa"
     assert guide.encoder.config._attn_implementation == "sdpa"
@@ -560,9 +562,10 @@ def test_description(tokenizer, bert_tokenizer):
     assert not changed("memory_projection.bias")
 
 
-def test_check_tokenizer(tokenizer, bert_tokenizer, tmp_path):
+def test_check_tokenizer(tokenizer, bert_tokenizer, tmp_path, caplog):
     save_guide(make(tokenizer, "bert"), tmp_path / "guide", tokenizer, bert_tokenizer)
     guide = LatentGuide.from_pretrained(tmp_path / "guide")
+    assert not caplog.text  # transformers knows the type of the model
     guide.check_tokenizer(tokenizer)
     guide.check_tokenizer(AutoTokenizer.from_pretrained(tmp_path / "guide"))
     message = rf"{tokenizer_digest(bert_tokenizer)}\) is not that of the guide, .*{tokenizer_digest(tokenizer)}"
@@ -754,8 +757,9 @@ def entries(trainer, name):
     return [entry[name] for entry in trainer.state.log_history if name in entry]
 
 
-def test_training_saves_a_guide_and_its_check(train, tmp_path, tokenizer, capsys):
-    guide = train()
+@pytest.mark.parametrize("reconstruct", ["completion", "full"])
+def test_training_saves_a_guide_and_its_check(reconstruct, train, tmp_path, tokenizer, capsys):
+    guide = train(reconstruct=reconstruct)
     assert not guide.training
     assert isinstance(guide, GuideModel)
     assert capsys.readouterr().out.count("on 8 answers; 8 are held out") == 1
@@ -778,7 +782,7 @@ def test_training_saves_a_guide_and_its_check(train, tmp_path, tokenizer, capsys
     }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        assert found["check"] == reconstruction_check(loaded, samples, tokenizer)
+        assert found["check"] == reconstruction_check(loaded, samples, tokenizer, reconstruct=reconstruct)
     codes = LatentGuide.from_pretrained(tmp_path / "guide").encode(SAMPLES)
     assert torch.equal(codes, LatentGuide(guide, tokenizer).encode(SAMPLES))
 
@@ -934,7 +938,14 @@ def test_weight_decay_as_in_transformers(train):
             assert (group["weight_decay"] == 0) == ("norm" in name or name.endswith("bias")), name
 
 
-def test_what_is_trained_of_the_decoder(train, tokenizer, tmp_path):
+def test_what_is_trained_of_the_decoder(train, tokenizer, tmp_path, monkeypatch):
+    adapters, original = [], training.get_peft_model
+
+    def recording(model, config):
+        adapters.append((config.r, config.lora_alpha))
+        return original(model, config)
+
+    monkeypatch.setattr(training, "get_peft_model", recording)
     start = tiny.model("llama", tokenizer).state_dict()
     for mode in ("full", "memory", "lora"):
         guide = train(mode, decoder_training=mode, **({"lora_r": 2} if mode == "lora" else {}), save_strategy="steps")
@@ -948,6 +959,7 @@ def test_what_is_trained_of_the_decoder(train, tokenizer, tmp_path):
         checkpoint = tmp_path / mode / "checkpoint-3" / "model.safetensors"
         size = {"full": 1.0, "memory": 0.8, "lora": 0.95}[mode] * 4 * sum(map(torch.numel, trained.values()))
         assert checkpoint.stat().st_size < size + 20_000
+    assert adapters == [(2, 4)]
 
 
 # option -> (other options, its value, what is compared)
@@ -1134,6 +1146,11 @@ def test_other_folders_are_left_alone(train, tmp_path):
     (tmp_path / "guide" / "thesis.tex").write_text("...")
     with pytest.raises(ValueError, match="is not empty, and holds no training of a guide"):
         train()
+    # but for what a writer that was killed has left
+    (tmp_path / "guide" / "thesis.tex").unlink()
+    (tmp_path / "guide" / f".guide_settings.json.{socket.gethostname()}.99999999.tmp").write_text("{")
+    train()
+    assert not list((tmp_path / "guide").glob(".*.tmp"))
 
 
 _IN_TWO_PROCESSES = """

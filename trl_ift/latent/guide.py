@@ -596,10 +596,7 @@ def partners_of(groups: Sequence[str], seed: int = 0) -> list[int]:
     generator = random.Random(seed)
     names = sorted(members)
     generator.shuffle(names)
-    order = []
-    for name in names:
-        generator.shuffle(members[name])
-        order += members[name]
+    order = [index for name in names for index in members[name]]
     # Groups are contiguous: a shift by the size of the largest one leads out of each
     largest = max(map(len, members.values()))
     shift = largest if largest < len(order) else 1

@@ -28,11 +28,9 @@ from transformers import (
     PreTrainedTokenizerBase,
     ProcessorMixin,
     Trainer,
-    TrainerState,
     TrainingArguments,
     set_seed,
 )
-from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import SAFE_WEIGHTS_NAME
 from trl import TrlParser
 
@@ -637,16 +635,6 @@ class GuideTrainer(Trainer):
         super().__init__(model, args, **options)
         self.replacement = replacement
         self._sums: dict[str, torch.Tensor] = {}
-
-    def train(self, resume_from_checkpoint: str | bool | None = None, **options: Any) -> Any:
-        """As in transformers, but from a checkpoint of the last step there is nothing to train."""
-        if isinstance(resume_from_checkpoint, str):
-            state = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / TRAINER_STATE_NAME))
-            if state.global_step >= state.max_steps:  # transformers would take another step
-                self._load_from_checkpoint(resume_from_checkpoint)
-                self.state = state
-                return None
-        return super().train(resume_from_checkpoint, **options)
 
     def _set_signature_columns_if_needed(self) -> None:
         parts = ("prompt_ids", "answer_ids")

@@ -5,36 +5,19 @@ Interrupted at any point, the same command goes on.
 
 import os
 import sys
-from dataclasses import fields
-from functools import partial
 from typing import Any
 
 from trl_ift.registry import Method, get_method
+from trl_ift.scripts import train
 from trl_ift.scripts.train import INPUT_ERRORS, model_init_kwargs, parse_options, report_error, usage_error
 from trl_ift.stages import is_main_process
 
 
 def make_parser(method: Method, prog: str | None = None) -> Any:
     """Return the `TrlParser` of `method`: the options of its training, of the iterations and of the distances."""
-    from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
-
     from trl_ift.self_play import LatentConfig, SelfPlayConfig
 
-    prog = prog or f"trl-ift {method.name}"
-    own: list[type] = [SelfPlayConfig, *([LatentConfig] if method.name == "ld-align" else [])]
-    trainer: Any = method.trainer_class
-    names = [*trainer.own_options(), *(field.name for config in own for field in fields(config))]
-    parser = TrlParser(
-        (ScriptArguments, method.config_class, ModelConfig, DatasetMixtureConfig, *own),
-        prog=prog,
-        usage=f"{prog} [--config FILE] [--accelerate_config NAME|FILE] [options] [options of accelerate launch]",
-        description=f"{method.title}: {method.summary}. Each iteration generates answers, pairs them with those of the "
-        f"data, and trains. Data: prompt-completion, or conversations. Paper: https://huggingface.co/papers/{method.paper}",
-        epilog=f"Options that DPOConfig does not have: {', '.join(f'--{name}' for name in names)}.",
-        allow_abbrev=False,
-    )
-    parser.error = partial(usage_error, prog)
-    return parser
+    return train.make_parser(method, prog, [SelfPlayConfig, *([LatentConfig] if method.name == "ld-align" else [])])
 
 
 def main(

@@ -7,7 +7,7 @@ method's config in place of TRL's.
 import os
 import sys
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from difflib import get_close_matches
 from functools import partial
@@ -22,16 +22,17 @@ from trl_ift.stages import is_main_process
 INPUT_ERRORS = (ValueError, TypeError, ImportError, OSError)
 
 
-def make_parser(method: Method, prog: str | None = None) -> Any:
-    """Return the `TrlParser` of `method`, over its script, training, model and mixture arguments."""
+def make_parser(method: Method, prog: str | None = None, more: Sequence[type] = ()) -> Any:
+    """Return the `TrlParser` of `method`, over its script, training, model and mixture arguments, and `more` dataclasses."""
     from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
 
     prog = prog or f"trl-ift {method.name}"
     trl_config = next(base for base in method.config_class.__mro__ if base.__module__.startswith("trl."))
     known_to_trl = {field.name for field in fields(trl_config)}
     own = [f"--{field.name}" for field in fields(method.config_class) if field.name not in known_to_trl]
+    own += [f"--{field.name}" for config in more for field in fields(config)]
     parser = TrlParser(
-        (ScriptArguments, method.config_class, ModelConfig, DatasetMixtureConfig),
+        (ScriptArguments, method.config_class, ModelConfig, DatasetMixtureConfig, *more),
         prog=prog,
         usage=f"{prog} [--config FILE] [--accelerate_config NAME|FILE] [options] [options of accelerate launch]",
         description=f"{method.title}: {method.summary}. Data: {method.data}. "
