@@ -1331,6 +1331,14 @@ def test_options_that_need_a_network_or_a_gpu(command, model_dir, bert_dir, monk
     ]
 
 
+def test_4bit_without_bitsandbytes(command, monkeypatch, capsys):
+    """It is said before anything is loaded, the pairs too."""
+    monkeypatch.setattr("trl_ift.checks.find_spec", lambda name: None)
+    argv = ["--policy_hidden_state", "org/b", "--load_in_4bit", "--dataset_name", "./none.jsonl"]
+    assert main([*command, *argv]) == 1
+    assert "bitsandbytes is not installed" in capsys.readouterr().err
+
+
 def test_4bit_models(model_dir):
     pytest.importorskip("bitsandbytes")
     from transformers import BitsAndBytesConfig

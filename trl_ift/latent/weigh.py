@@ -415,7 +415,7 @@ def _write_result(folder: Path, result: Dataset, settings: dict[str, Any], summa
     manifest = {"format": _PAIRS_FORMAT, "complete": False, "settings": settings, "versions": library_versions()}
     write_manifest(folder, manifest)
     buffer = io.BytesIO()
-    pq.write_table(result.flatten_indices().data.table, buffer)
+    pq.write_table(result.data.table, buffer)  # `add_column` has left no indices
     write_file(folder / PAIRS_FILE, buffer.getvalue())
     remove_scratch_files(folder)
     write_manifest(folder, manifest | {"complete": True, "rows": len(result), "weight_summary": summary})
