@@ -89,7 +89,7 @@ def train_and_save(trainer: Any, folder: Path, what: str) -> dict[str, Any]:
     checkpoints = [path for path in folder.glob("checkpoint-*") if is_complete_checkpoint(path)]
     last = max(checkpoints, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
     if last is not None:
-        say(f"Going on from {last}.")
+        say(f"Going on from {last.name}.")
         if (state := TrainerState.load_from_json(str(last / TRAINER_STATE_NAME))).global_step >= state.max_steps:
             trainer._run_epoch = lambda **_: None  # at its end: one more step would be taken
     try:
