@@ -518,7 +518,9 @@ class TestInterrupted:
         output = capsys.readouterr().out
         assert said_stages(output) == stages
         last = {"step": "checkpoint-2", "checkpoint": "checkpoint-1", "record": "checkpoint-3"}.get(way)
-        assert (f"iteration-1/model/{last}." in output) == (last is not None)
+        assert [line for line in output.splitlines() if line.startswith("Going on from ")] == (
+            [f"Going on from {last}."] if last else []
+        )
         assert_equal_weights(weights(folder), weights(whole.folder))
         for iteration in range(2):
             name = f"iteration-{iteration}/model"
