@@ -15,6 +15,7 @@ import datasets
 import pytest
 import tiny
 import torch
+import transformers
 from datasets import Dataset, DatasetDict
 from peft import LoraConfig, get_peft_model
 from tokenizers.processors import TemplateProcessing
@@ -32,7 +33,7 @@ from transformers import (
 
 from trl_ift.data.inference import tokenizer_digest
 from trl_ift.latent import training
-from trl_ift.latent.encoders import Sample, token_ids
+from trl_ift.latent.encoders import Sample, token_ids, whole_token_ids
 from trl_ift.latent.guide import (
     GuideConfig,
     GuideEncoder,
@@ -50,6 +51,7 @@ from trl_ift.latent.training import (
     GuideCollator,
     GuideTrainer,
     GuideTrainingArguments,
+    check_sources,
     main,
     train_guide,
 )
@@ -1141,6 +1143,20 @@ def test_settings_of_a_run_without_results_may_change(train, tmp_path, monkeypat
     assert json.loads((tmp_path / "guide" / "guide_settings.json").read_text())["max_steps"] == 2
 
 
+def test_checkpoints_of_another_number_of_processes(train, tmp_path, monkeypatch):
+    train(save_strategy="steps", save_steps=1, max_steps=1)
+    (tmp_path / "guide/guide.json").unlink()
+    checkpoint = tmp_path / "guide/checkpoint-1"
+    (checkpoint / "rng_state.pth").rename(checkpoint / "rng_state_0.pth")
+    (checkpoint / "rng_state_1.pth").write_bytes(b"")
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(ValueError, match=r"checkpoint-1` is of a training in 2 processes, now"),
+    ):
+        patch.setattr(training, "_load_guide", None)
+        train(save_strategy="steps", save_steps=1, max_steps=1)
+
+
 def test_other_folders_are_left_alone(train, tmp_path):
     (tmp_path / "guide").mkdir()
     (tmp_path / "guide" / "thesis.tex").write_text("...")
@@ -1230,7 +1246,7 @@ def test_empty_and_long_answers(train, tmp_path):
     assert sum("Dropped 2 of 16 answers: they are empty." in message for message in messages) == 1
     tokenizer = tiny.tokenizer()
     samples = [Sample(row["prompt"], row[column]) for row in rows for column in ("chosen", "rejected") if row[column]]
-    whole = [token_ids(sample, tokenizer, None) for sample in samples]
+    whole = [whole_token_ids(sample, tokenizer) for sample in samples]
     prompts = sum(len(prompt) > 8 for prompt, _ in whole)
     answers = sum(len(answer) > 16 - min(len(prompt), 8) for prompt, answer in whole)
     assert 0 < prompts < 14
@@ -1481,6 +1497,27 @@ def command(model_dir, tmp_path, monkeypatch):
     ]  # fmt: skip
 
 
+def test_sources_are_checked_without_models(no_loading, model_dir, tokenizer, tmp_path, monkeypatch):
+    """The context of both, and the tokenizer of another decoder, before anything is generated for them."""
+    monkeypatch.setattr(transformers.AutoModel, "from_pretrained", None)
+    args = arguments(tmp_path / "out")
+    own = tokenizer.from_pretrained(model_dir)
+    check_sources(None, None, model_dir, own, args, {"attn_implementation": "eager"})
+    check_sources(model_dir, model_dir, "nowhere", own, args, {})
+    with pytest.raises(
+        ValueError, match="`max_length=512` and `memory_tokens=2` do not fit the decoder, whose context"
+    ):
+        check_sources(None, None, model_dir, own, arguments(tmp_path / "out", max_length=512), {})
+    own.chat_template = "{{ messages }}"
+    check_sources(model_dir, None, model_dir, own, args, {})
+    with pytest.raises(
+        ValueError, match=r"tokenizer of the guide's decoder `.*` \(\w{16}\) is not that of the policy \(\w{16}\)"
+    ):
+        check_sources(None, model_dir, model_dir, own, args, {})
+    with pytest.raises(ValueError, match="`encoder`: The model folder `.*` has no `config.json`"):
+        check_sources(str(tmp_path), None, model_dir, own, args, {})
+
+
 @pytest.fixture
 def quiet():
     with warnings.catch_warnings():
@@ -1535,6 +1572,7 @@ def test_help_and_errors_of_the_command(command, capsys):
         main(["--help"])
     assert stop.value.code == 0
     said = capsys.readouterr().out
+    assert "Confirmed by the paper: a latent space learnt by reconstruction" in " ".join(said.split())
     for option in (*OPTIONS, "encoder", "decoder", "dataset_name", "dtype", "per_device_train_batch_size"):
         assert f"--{option}" in said
     Path("typo.yaml").write_text("latent_dimm: 1")
@@ -1543,8 +1581,8 @@ def test_help_and_errors_of_the_command(command, capsys):
         (["--latent_dimm", "1"], "unknown option --latent_dimm"),
         (["--latent_dim", "many"], "invalid int value"),
         (["--guide_data", "none"], "invalid choice"),
-        (["--config", "typo.yaml"], "in typo.yaml: unknown option --latent_dimm"),
-        (["--config", "launch.yaml"], "in launch.yaml: unknown option --num_machines"),
+        (["--config", "typo.yaml"], "unknown option --latent_dimm"),
+        (["--config", "launch.yaml"], "unknown option --num_machines"),
     ):
         with pytest.raises(SystemExit) as stop:
             main([*command, *argv])
@@ -1562,7 +1600,7 @@ def test_help_and_errors_of_the_command(command, capsys):
         (["--encoder", "./none"], "none"),
         (["--decoder", "."], "The model folder `.` has no `config.json`"),
         (["--config", "none.yaml"], "none.yaml"),
-        (["--config", "list.yaml"], "expected `option: value` lines"),
+        (["--config", "list.yaml"], "list.yaml must contain a YAML mapping"),
     ):
         assert main([*command, *argv]) == 1, argv
         error = capsys.readouterr().err

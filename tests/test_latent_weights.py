@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from trl_ift.latent import weights
-from trl_ift.latent.weigh import weigh_codes
 from trl_ift.latent.weights import (
     DISTANCES,
     NORMALIZATIONS,
@@ -60,15 +59,12 @@ def test_weights_of_the_worked_example(normalization, expected):
     found = fitted([5, 0, 0.5], normalization)
     assert found.dtype == np.float64
     np.testing.assert_allclose(found, expected, rtol=0, atol=6e-11)
-    distances, of_codes = weigh_codes(REAL, GENERATED, "l2", normalization)
-    np.testing.assert_allclose(distances, [5, 0, 0.5], rtol=1e-14)
-    np.testing.assert_allclose(of_codes, expected, rtol=0, atol=6e-11)
 
 
 def test_defaults_are_l2_and_mean():
-    distances, found = weigh_codes(REAL, GENERATED)
+    distances = latent_distance(REAL, GENERATED)
     np.testing.assert_allclose(distances, [5, 0, 0.5], rtol=1e-14)
-    np.testing.assert_allclose(found, [30 / 11, 0, 3 / 11], rtol=1e-14)
+    np.testing.assert_allclose(fitted(distances), [30 / 11, 0, 3 / 11], rtol=1e-14)
 
 
 @pytest.mark.parametrize("distance", DISTANCES)
@@ -123,9 +119,8 @@ def test_cosine_of_zeros_and_of_opposites():
     ],
 )
 def test_bad_codes(first, second, expected):
-    for function in (latent_distance, weigh_codes):
-        with pytest.raises(ValueError, match=expected):
-            function(first, second)
+    with pytest.raises(ValueError, match=expected):
+        latent_distance(first, second)
 
 
 # ---------------------------------------------------------------- normalisation
@@ -191,6 +186,13 @@ def test_a_fit_is_applied_to_other_distances():
     normalizer = WeightNormalizer.fit([1.0, 3.0], "mean")
     np.testing.assert_array_equal(normalizer(np.array([[4.0], [0.0]])), [[2], [0]])
     assert WeightNormalizer.fit([1, 3], "minmax")(5) == 2
+
+
+def test_smaller_distances_than_it_was_fitted_on():
+    """Of evaluation data: a weight is never negative."""
+    for clip, lowest in ((None, 0.0), ((0.2, 0.9), 0.2)):
+        normalizer = WeightNormalizer.fit(np.array([2.0, 3.0]), "minmax", clip)
+        assert normalizer(np.array([1.0, 2.5])).tolist() == [lowest, 0.5]
 
 
 def test_clipping_comes_last():

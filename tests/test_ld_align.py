@@ -261,6 +261,25 @@ class TestWeights:
         plain = trainer_of(tmp_path, tokenizer, data=held_out, eval_dataset=held_out, cls=SPINTrainer)
         assert trainer.evaluate()["eval_loss"] == pytest.approx(plain.evaluate()["eval_loss"], rel=1e-6)
 
+    def test_evaluation_data_nearer_than_any_trained_pair(self, tmp_path, tokenizer):
+        held_out = pairs(2, latent_distance=[0.25, 2.5])
+        trainer = trainer_of(
+            tmp_path, tokenizer, data=pairs(4, latent_distance=[1.0, 2.0, 3.0, 5.0]), eval_dataset=held_out,
+            weight_normalization="minmax",
+        )  # fmt: skip
+        assert trainer.eval_dataset["weight"][:] == [0.0, 0.375]
+        assert math.isfinite(trainer.evaluate()["eval_loss"])
+
+    @pytest.mark.parametrize("stream", [False, True])
+    def test_evaluation_data_with_weights_of_another_origin(self, tmp_path, tokenizer, stream):
+        """Where the trained weights are made of distances, a stored one is on another scale: it is left aside."""
+        train, held_out = pairs(4, latent_distance=DISTANCES[:4]), pairs(3, weight=[70.0, 0.0, 9.0])
+        losses = [
+            trainer_of(tmp_path, tokenizer, data=train, eval_dataset=dataset).evaluate()["eval_loss"]
+            for dataset in (pairs(3), held_out.to_iterable_dataset() if stream else held_out)
+        ]
+        assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+
     def test_streams(self, tmp_path, tokenizer):
         """Their weights are there already; evaluation data then need none either."""
         weights = [2.5, 0.0, 0.4, 1.0]

@@ -9,6 +9,7 @@ import tiny
 import torch
 from datasets import Dataset, load_dataset
 from pairs import make, message_log
+from tokenizers import Tokenizer, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from trl_ift import SPINConfig, SPINTrainer
@@ -45,7 +46,8 @@ def sampled(tokenizer, tmp_path_factory):
     }
     for completions in found.values():
         assert 2 < sum(completions["truncated"]) < len(completions) - 2
-    return {"folders": folders, **found}
+    tokenizer.save_pretrained(folders["text"] + "-tokenizer")
+    return {"folders": folders, "model": folders["text"] + "-tokenizer", **found}
 
 
 def lively(tokenizer):
@@ -212,6 +214,19 @@ def test_another_token_that_ends_answers(tokenizer):
     assert rows[1]["rejected_ids"][-1] == cut != own.eos_token_id
 
 
+def test_real_answers_without_an_end_are_counted(tokenizer, monkeypatch):
+    """Of a template that writes none: nobody else would say that the model learns not to stop."""
+    said = message_log(monkeypatch, module)
+    own = with_template(tokenizer, HEAD + "\n" + TAIL + "{% endif %}")
+    completions = completions_of(CHAT, tiny.REJECTED, own)
+    build_pairs(CHAT, completions, processing_class=own)
+    assert len(said) == 1
+    assert (
+        "8 of 8 real answers have no token at their end that ends answers, because the chat template writes" in said[0]
+    )
+    assert count_pairs(CHAT, completions, own, False)[1]["endless"] == 8
+
+
 def test_tools_and_template_arguments(tokenizer):
     template = "{{ tools[0].name }} {{ mood }} " + HEAD + "<|im_end|>\n" + TAIL + "{% endif %}"
     own = with_template(tokenizer, template)
@@ -279,7 +294,8 @@ class TestDropped:
         completions = completions_of(TEXT, self.answers(), tokenizer, cut={0, 2, 6})
         pairs, counts = count_pairs(TEXT, completions, tokenizer, False)
         assert pairs["prompt_index"][:] == [0, 3, 6, 7]
-        assert counts == {"completions": 8, "truncated": 3, "dropped": {"empty": 2, "identical": 2}, "pairs": 4}
+        dropped = {"empty": 2, "identical": 2}
+        assert counts == {"completions": 8, "truncated": 3, "dropped": dropped, "pairs": 4, "endless": 0}
         pairs, counts = count_pairs(TEXT, completions, tokenizer, True)
         assert pairs["prompt_index"][:] == [3, 7]
         assert counts["dropped"] == {"empty": 2, "identical": 2, "truncated": 2}
@@ -308,7 +324,7 @@ class TestDropped:
         answers = [None, " b", None, " d", " e", " f", None, " h"]
         pairs, counts = count_pairs(TEXT, completions_of(TEXT, answers, tokenizer), tokenizer, False)
         assert pairs["prompt_index"][:] == [1, 3, 4, 5, 7]
-        assert counts == {"completions": 5, "truncated": 0, "dropped": {}, "pairs": 5}
+        assert counts == {"completions": 5, "truncated": 0, "dropped": {}, "pairs": 5, "endless": 0}
         for row in pairs:
             assert row["chosen"] == TEXT[row["prompt_index"]]["completion"]
 
@@ -347,6 +363,25 @@ class TestRefused:
             ValueError, match=f"`completions`, row {row}: it was generated for another prompt than that of"
         ):
             build_pairs(dataset, completions, processing_class=tokenizer)
+
+    @pytest.mark.parametrize("kind", ["text", "chat"])
+    def test_another_tokenizer(self, kind, sampled, tokenizer):
+        data = {"text": TEXT, "chat": CHAT}[kind]
+        backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+        backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(), pre_tokenizers.ByteLevel()])
+        other = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=END)
+        other.chat_template = tokenizer.chat_template
+        with pytest.raises(
+            ValueError, match=r"row 0: its prompt begins with '.*' as .* and with '.*' as .* Pass the tokenizer"
+        ):
+            build_pairs(data, sampled[kind], processing_class=other)
+        # Of a folder it is known, also where the prompts are the same
+        other = tokenizer.from_pretrained(sampled["model"])
+        other.eos_token = "<|endoftext|>"
+        with pytest.raises(
+            ValueError, match=r"of a tokenizer with the digest \w{16}, that of `processing_class` is \w{16}"
+        ):
+            build_pairs(data, sampled["folders"][kind], processing_class=other)
 
     def test_rows_that_are_no_completions(self, tokenizer):
         with pytest.raises(

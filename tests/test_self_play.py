@@ -1,14 +1,18 @@
 """The iterations of SPIN and LD-Align: what each trains on and from, interruptions, what is refused, the commands."""
 
+import gc
 import json
 import math
 import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import time
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -374,6 +378,27 @@ class TestEvaluation:
             assert summary["answers"] == 5
         assert answers[0] != answers[1]
 
+    def test_an_iteration_without_evaluation(self, model_dir, tmp_path, tokenizer, monkeypatch, trained, capsys):
+        """Where the policy has met the held-out rows, which must not end the run."""
+        held_out = DATA.select([5, 6])
+
+        def answer(iteration, row):
+            return row["completion"] if iteration and row in list(held_out) else " No."
+
+        answering(monkeypatch, tokenizer, answer)
+        first, second = run(
+            model_dir, tmp_path / "run", data=DATA.select(range(5)), eval_dataset=held_out, eval_strategy="steps",
+            eval_steps=3, eval_on_start=True,
+        )  # fmt: skip
+        said = capsys.readouterr().out
+        assert (
+            "This iteration is trained without evaluation. No pair is left of 2 generated answers: 2 identical."
+            in said
+        )
+        assert [stages_of(tmp_path / "run", i)["pair"]["eval_pairs"] for i in range(2)] == [2, 0]
+        assert ("eval_loss" in first, "eval_loss" in second) == (True, False)
+        assert second["steps"] == 3
+
     def test_it_does_not_change_the_training(self, model_dir, tmp_path, trained):
         run(model_dir, tmp_path / "plain", num_iterations=1)
         run(
@@ -441,6 +466,17 @@ class TestLDAlign:
         for name, value in (("weight_normalization", "sigmoid"), ("weight_clip", [0.4, 0.6]), ("distance", "l2")):
             assert f"| `{name}` | `{value}` |" in text
 
+    def test_distance_of_an_encoder(self, model_dir, tmp_path, monkeypatch):
+        monkeypatch.setattr(self_play_killed, "self_play", partial(module.self_play, distance="cosine"))
+        run(model_dir, tmp_path / "run", LDAlignConfig, latent=Letters(), num_iterations=1)
+        monkeypatch.undo()
+        with pytest.raises(ValueError, match=r"'distance': 'cosine'} \(now .* 'distance': 'l2'}\)"):
+            run(model_dir, tmp_path / "run", LDAlignConfig, latent=Letters(), num_iterations=1)
+        pairs = pairs_of(tmp_path / "run", 0, "weighted")
+        distances = latent_distance(self.codes(pairs, "chosen"), self.codes(pairs, "rejected"), "cosine")
+        np.testing.assert_allclose(pairs["latent_distance"], distances, rtol=1e-12)
+        assert "| `distance` | `cosine` |" in (tmp_path / "run/README.md").read_text()
+
     def test_equal_weights_are_spin(self, model_dir, tmp_path):
         class Constant(Letters):
             """Real answers here, all others there."""
@@ -477,7 +513,7 @@ class TestLDAlign:
         run(model_dir, tmp_path / "run", LDAlignConfig, latent=Letters(), num_iterations=1)
         said = capsys.readouterr().out
         assert re.search(
-            r"Weights: mean 1, from \S+ to \S+; worth \d of 8 pairs; rank correlation with the difference", said
+            r"8 pairs. Weights: mean 1, standard deviation .*\nEffective sample size \d.* rank correlation", said
         )
 
 
@@ -552,10 +588,12 @@ class TestInterrupted:
         assert_equal_weights(weights(tmp_path / "run"), weights(whole.folder))
         card = (tmp_path / "run/README.md").read_text()
         assert "`2 of 2`" in card
-        # Fewer again: the policy of that iteration is published, the later one stays
-        assert run(model_dir, tmp_path / "run", **settings) == first
-        assert_equal_weights(weights(tmp_path / "run"), weights(whole.folder / "iteration-0/model"))
-        assert (tmp_path / "run/iteration-1/model/model.safetensors").is_file()
+        # Fewer again would put an earlier policy in the place of the last
+        with pytest.raises(
+            ValueError, match=r"`num_iterations=1`, but .* holds the policy after more .*iteration-0/model"
+        ):
+            run(model_dir, tmp_path / "run", **settings)
+        assert_equal_weights(weights(tmp_path / "run"), weights(whole.folder))
 
     @pytest.mark.parametrize("save_strategy", ["no", "steps"])
     def test_interrupted_training_without_and_with_checkpoints(
@@ -590,6 +628,106 @@ class TestInterrupted:
         assert "{" not in json.dumps(recorded["peft_config"]["exclude_modules"])
 
 
+class TestProcesses:
+    """Their number may change between trainings, not within one."""
+
+    def interrupted(self, model_dir, folder, monkeypatch):
+        """A training that was stopped behind its first checkpoint, as if it had been one of two processes."""
+        step = SPINTrainer.training_step
+
+        def second_is_interrupted(self, *args, **kwargs):
+            if self.state.global_step == 1:
+                raise KeyboardInterrupt
+            return step(self, *args, **kwargs)
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(SPINTrainer, "training_step", second_is_interrupted)
+            run(model_dir, folder, num_iterations=1, save_strategy="steps")
+        checkpoint = folder / "iteration-0/model/checkpoint-1"
+        (checkpoint / "rng_state.pth").rename(checkpoint / "rng_state_0.pth")
+        shutil.copy(checkpoint / "rng_state_0.pth", checkpoint / "rng_state_1.pth")
+        return checkpoint
+
+    def test_another_number_is_refused(self, model_dir, tmp_path, monkeypatch):
+        checkpoint = self.interrupted(model_dir, tmp_path / "run", monkeypatch)
+        settings = {"num_iterations": 1, "save_strategy": "steps"}
+        message = (
+            r"checkpoint-1` is of a training in 2 processes, now there is 1: .*Launch 2 again \(`--num_processes 2`\)"
+        )
+        with monkeypatch.context() as patch, pytest.raises(ValueError, match=message):
+            patch.setattr("trl.trainer.dpo_trainer.create_model_from_path", None)
+            run(model_dir, tmp_path / "run", **settings)
+        shutil.rmtree(checkpoint)
+        assert run(model_dir, tmp_path / "run", **settings)
+
+
+class TestStarts:
+    def test_a_config_of_peft_can_be_used_again(self, model_dir, tmp_path):
+        """PEFT writes into the one that it is given."""
+        config = lora()
+        before = config.to_dict()
+        for _ in range(2):
+            run(model_dir, tmp_path / "run", num_iterations=1, max_steps=1, peft_config=config)
+        assert config.to_dict() == before
+
+    def test_interrupted_in_the_first_shard(self, model_dir, tmp_path, monkeypatch):
+        """What has given nothing yet does not bind."""
+
+        def interrupt(*args, **kwargs):
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(generation._ShardWriter, "write", interrupt)
+            run(model_dir, tmp_path / "run")
+        assert (tmp_path / "run/iteration-0/completions/manifest.json").is_file()
+        assert run(model_dir, tmp_path / "run", num_iterations=1, max_new_tokens=9)
+        assert json.loads((tmp_path / "run/self_play.json").read_text())["max_new_tokens"] == 9
+
+    def test_scratch_files(self, model_dir, tmp_path):
+        """Of a kill while the first file is written, and of later ones."""
+        folder = tmp_path / "run"
+        folder.mkdir()
+        end = f"json.{socket.gethostname()}.999999999.tmp"
+        (folder / f".self_play.{end}").write_text("{")
+        (folder / "iteration-0").mkdir()
+        shutil.move(folder / "iteration-0", tmp_path / "aside")
+        assert run(model_dir, folder, num_iterations=1, max_steps=1)
+        (folder / f"iteration-0/.stages.{end}").write_text("{")
+        stages = stages_of(folder, 0)
+        del stages["train"]
+        (folder / "iteration-0/stages.json").write_text(json.dumps(stages))
+        run(model_dir, folder, num_iterations=1, max_steps=1)
+        assert not [*folder.glob(".*.tmp"), *folder.glob("iteration-0/.*.tmp")]
+
+    def test_seconds_of_all_parts(self, model_dir, tmp_path, monkeypatch):
+        step = SPINTrainer.training_step
+
+        def slow(self, *args, **kwargs):
+            time.sleep(0.5)
+            if (self.state.global_step, len(calls)) == (1, 1):
+                raise KeyboardInterrupt
+            calls.append(1)
+            return step(self, *args, **kwargs)
+
+        calls = []
+        monkeypatch.setattr(SPINTrainer, "training_step", slow)
+        with pytest.raises(KeyboardInterrupt):
+            run(model_dir, tmp_path / "run", num_iterations=1, max_steps=2, save_strategy="steps")
+        begun = stages_of(tmp_path / "run", 0)["train, begun"]["seconds"]
+        assert begun >= 1
+        calls.append(1)
+        run(model_dir, tmp_path / "run", num_iterations=1, max_steps=2, save_strategy="steps")
+        stages = stages_of(tmp_path / "run", 0)
+        assert list(stages) == ["generate", "pair", "train"]
+        assert stages["train"]["seconds"] >= begun + 0.5
+
+    def test_home_folders(self, model_dir, tmp_path, monkeypatch):
+        monkeypatch.setenv("HOME", str(Path(model_dir).parent))
+        assert run("~/policy", tmp_path / "run", num_iterations=1, max_steps=1)
+        assert SelfPlayConfig(initial_adapter="~/a").initial_adapter == str(Path(model_dir).parent / "a")
+        assert LatentConfig(sentence_encoder="~/e").sentence_encoder == str(Path(model_dir).parent / "e")
+
+
 def snapshot(folder):
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
 
@@ -616,15 +754,15 @@ class TestChanged:
             ({"max_new_tokens": 9}, "max_new_tokens=8 (now 9)"),
             ({"temperature": 0.5}, "temperature=1.0 (now 0.5)"),
             ({"keep_previous_pairs": 1}, "keep_previous_pairs=0 (now 1)"),
-            ({"beta_schedule": [0.1]}, "beta_schedule=None (now [0.1])"),
+            ({"beta_schedule": [0.2]}, "beta_schedule=None (now [0.2])"),
             ({"weight_normalization": "max"}, "weight_normalization=None (now 'max')"),
             (
                 {"latent": Letters(2.0)},
-                "latent={'kind': 'Letters', 'scale': 1.0} (now {'kind': 'Letters', 'scale': 2.0})",
+                "latent={'kind': 'Letters', 'scale': 1.0, 'distance': 'l2'} (now {'kind': 'Letters', 'scale': 2.0,",
             ),
             (
                 {"latent": LatentConfig(policy_hidden_state=True)},
-                "latent={'kind': 'Letters', 'scale': 1.0} (now {'guide'",
+                "latent={'kind': 'Letters', 'scale': 1.0, 'distance': 'l2'} (now {'guide'",
             ),
             ({"peft_config": lora()}, "peft_config=None (now {"),
             ({"data": DATA.select([1, 0, *range(2, 8)])}, "dataset_digest='"),
@@ -662,6 +800,16 @@ class TestChanged:
             dataloader_pin_memory=False, run_name="other", save_total_limit=1,
         )  # fmt: skip
         assert {iteration for iteration, _ in said_stages(capsys.readouterr().out)} == {2}
+
+    def test_schedules_of_iterations_to_come(self, model_dir, tmp_path, trained):
+        """They may be longer than the run, and change with it; those of what is trained may not."""
+        settings = {"max_steps": 1, "beta": 0.3}
+        run(model_dir, tmp_path / "run", num_iterations=1, beta_schedule=[0.3, 5.0], **settings)
+        run(model_dir, tmp_path / "run", num_iterations=2, beta_schedule=[0.3, 2.0, 7.0], **settings)
+        assert [seen.args.beta for seen in trained] == [0.3, 2.0]
+        for schedule in ([0.3, 5.0], [0.2, 2.0], None):
+            with pytest.raises(ValueError, match=r"made with beta_schedule=\[0.3, 2.0, 7.0\] \(now "):
+                run(model_dir, tmp_path / "run", num_iterations=3, beta_schedule=schedule, **settings)
 
     def test_settings_that_never_worked_do_not_bind(self, model_dir, tmp_path):
         with pytest.raises(ValueError, match="leaves no room for a prompt in the model's context"):
@@ -737,10 +885,9 @@ class TestBadInput:
             ({"num_iterations": 1.5}, TypeError, "`num_iterations` must be an integer"),
             ({"keep_previous_pairs": -1}, ValueError, "`keep_previous_pairs=-1` is out of range"),
             ({"max_rows": 0}, ValueError, "`max_rows=0` is out of range"),
-            ({"beta_schedule": []}, ValueError, r"`beta_schedule=\[\]`: expected a value for each iteration"),
+            ({"beta_schedule": []}, ValueError, r"`beta_schedule=\[\]`: expected a value for each iteration, at least one"),
             ({"beta_schedule": [0.1, 0.0]}, ValueError, "`beta_schedule=0.0` is out of range"),
             ({"beta_schedule": [math.nan]}, ValueError, "`beta_schedule=nan` is out of range"),
-            ({"num_iterations": 1, "beta_schedule": [0.1, 5.0]}, ValueError, "at most `num_iterations=1`"),
             ({"learning_rate_schedule": [-1e-3]}, ValueError, "`learning_rate_schedule=-0.001` is out of range"),
             ({"max_new_tokens": 0}, ValueError, "`max_new_tokens=0` is out of range"),
             ({"max_prompt_length": 0}, ValueError, "`max_prompt_length=0` is out of range"),
@@ -791,6 +938,7 @@ class TestBadInput:
                 r"A quantized model is trained with an adapter: pass a `peft_config` \(`--use_peft`\)",
             ),
             ({"resume_from_checkpoint": "x"}, ValueError, "a run goes on by itself from where it was. Drop the option"),
+            ({"save_only_model": True}, ValueError, "`save_only_model=True`: a run that was interrupted could not go on"),
             ({"sync_ref_model": True}, ValueError, "`sync_ref_model=True`: the reference of an iteration is its start"),
             ({"peft_config": lora(target_modules=["lm_head"])}, ValueError, "`target_modules` contains 'lm_head'"),
             (
@@ -851,6 +999,13 @@ class TestBadInput:
         with pytest.raises(ValueError, match="do not work with DeepSpeed ZeRO-3.*run the stages one by one"):
             run(model_dir, tmp_path / "run")
 
+    def test_distance_without_an_encoder(self, model_dir, tmp_path, monkeypatch, no_loading):
+        monkeypatch.setattr(self_play_killed, "self_play", partial(module.self_play, distance="l2"))
+        with pytest.raises(
+            ValueError, match="`distance='l2'` is for an `Encoder` as `latent`, which is a LatentConfig"
+        ):
+            run(model_dir, tmp_path / "run", LDAlignConfig, latent=LatentConfig())
+
     def test_encoder_of_another_tokenizer(self, model_dir, tmp_path, tokenizer):
         """What an encoder says of the policy's tokenizer is asked before anything is generated."""
         other = AutoTokenizer.from_pretrained(model_dir)
@@ -882,7 +1037,8 @@ class Guides:
             def __init__(self, output_dir, latent_dim=3, **inherited):
                 known = {
                     "use_cpu", "bf16", "fp16", "seed", "report_to", "per_device_train_batch_size", "disable_tqdm",
-                    "gradient_accumulation_steps", "logging_steps",
+                    "gradient_accumulation_steps", "logging_steps", "save_strategy", "save_steps", "save_total_limit",
+                    "ddp_timeout",
                 }  # fmt: skip
                 if unknown := set(inherited) - known:
                     raise TypeError(f"unexpected keyword argument {sorted(unknown)[0]!r}")
@@ -890,11 +1046,13 @@ class Guides:
 
         def train_guide(encoder, decoder, pairs, args, processing_class=None, model_init_kwargs=None):
             calls.append(SimpleNamespace(
-                encoder=encoder, decoder=decoder, pairs=pairs, args=args, processing_class=processing_class
+                encoder=encoder, decoder=decoder, pairs=pairs, args=args, processing_class=processing_class,
+                options=model_init_kwargs,
             ))  # fmt: skip
             Path(args.output_dir).mkdir(parents=True, exist_ok=True)
             scale = args.latent_dim + len(encoder) + 3 * len(decoder)
-            Path(args.output_dir, "guide.json").write_text(json.dumps({"scale": scale, "check": {"gap": 1.0}}))
+            check = {"gap": 1.0, "collapsed": args.latent_dim == 1}
+            Path(args.output_dir, "guide.json").write_text(json.dumps({"scale": scale, "check": check}))
 
         class LatentGuide:
             @staticmethod
@@ -903,7 +1061,9 @@ class Guides:
                 scale = json.loads((Path(folder) / "guide.json").read_text())["scale"]
                 return Warped(scale)
 
-        training = SimpleNamespace(GuideTrainingArguments=Arguments, train_guide=train_guide)
+        training = SimpleNamespace(
+            GuideTrainingArguments=Arguments, train_guide=train_guide, check_sources=lambda *args: None
+        )
         monkeypatch.setitem(sys.modules, "trl_ift.latent.training", training)
         monkeypatch.setitem(sys.modules, "trl_ift.latent.guide", SimpleNamespace(LatentGuide=LatentGuide))
 
@@ -1028,7 +1188,7 @@ class TestLatentSources:
         assert call.processing_class is not None
         loaded = [call.folder for call in guides.calls if hasattr(call, "folder")]
         assert loaded == [str(tmp_path / "run/guide")] * 2
-        assert stages_of(tmp_path / "run", 0)["guide"]["check"] == {"gap": 1.0}
+        assert stages_of(tmp_path / "run", 0)["guide"]["check"] == {"gap": 1.0, "collapsed": False}
 
     def test_models_of_the_guide(self, guides, model_dir, tmp_path):
         latent = LatentConfig(guide_encoder="e", guide_decoder="d")
@@ -1061,6 +1221,117 @@ class TestLatentSources:
         with pytest.raises(ValueError, match=re.escape(message)):
             run(model_dir, tmp_path / "run", LDAlignConfig, latent=LatentConfig(guide_options=options))
         assert not (tmp_path / "run").exists()
+
+    def test_it_is_not_held_while_others_run(self, guides, model_dir, tmp_path, monkeypatch):
+        """Neither in the generation nor where the pairs are weighed already."""
+        held = []
+
+        def spy(function):
+            def spied(*args, **kwargs):
+                gc.collect()
+                held.append(any(isinstance(thing, Warped) for thing in gc.get_objects()))
+                return function(*args, **kwargs)
+
+            return spied
+
+        gc.collect()
+        for name in ("generate_completions", "train_and_save"):
+            monkeypatch.setattr(module, name, spy(getattr(module, name)))
+        (tmp_path / "guide").mkdir()
+        (tmp_path / "guide/guide.json").write_text('{"scale": 2}')
+        settings = {"latent": LatentConfig(guide=str(tmp_path / "guide")), "num_iterations": 1}
+        run(model_dir, tmp_path / "run", LDAlignConfig, **settings)
+        assert held == [False, False]
+
+    @pytest.mark.parametrize(
+        ("options", "expected"),
+        [
+            ({}, {"trust_remote_code": False, "revision": "v1", "attn_implementation": "eager"}),
+            ({"guide_encoder": "e", "guide_decoder": "d"}, {"trust_remote_code": False}),
+        ],
+    )
+    def test_how_its_models_are_loaded(self, guides, options, expected, model_dir, tmp_path):
+        """As the policy, if they are the policy."""
+        kwargs = {"revision": "v1", "attn_implementation": "eager", "trust_remote_code": False, "dtype": "float32"}
+        run(
+            model_dir, tmp_path / "run", LDAlignConfig, latent=LatentConfig(**options), num_iterations=1,
+            model_init_kwargs=kwargs,
+        )  # fmt: skip
+        assert next(call for call in guides.calls if hasattr(call, "encoder")).options == expected
+
+    def test_revisions_of_one_part(self, guides, model_dir, tmp_path, no_loading):
+        settings = {"model_init_kwargs": {"revision": "v1"}, "latent": LatentConfig(guide_encoder="e")}
+        with pytest.raises(ValueError, match="`revision='v1'` with `guide_encoder`: both parts of the guide"):
+            run(model_dir, tmp_path / "run", LDAlignConfig, **settings)
+
+    @pytest.mark.parametrize("save_strategy", ["steps", "best"])
+    def test_its_checkpoints(self, guides, save_strategy, model_dir, tmp_path):
+        run(
+            model_dir, tmp_path / "run", LDAlignConfig, num_iterations=1, save_steps=2, save_total_limit=3,
+            save_strategy=save_strategy, ddp_timeout=77, metric_for_best_model="loss",
+        )  # fmt: skip
+        inherited = next(call for call in guides.calls if hasattr(call, "encoder")).args.inherited
+        assert [inherited[name] for name in ("save_steps", "save_total_limit", "ddp_timeout")] == [2, 3, 77]
+        assert inherited["save_strategy"] == "steps"
+
+    def test_a_collapsed_guide_is_replaced(self, guides, model_dir, tmp_path, monkeypatch, capsys):
+        """Until something is trained with its weights; the answers are used again."""
+
+        def interrupt(*args, **kwargs):
+            raise KeyboardInterrupt
+
+        def start(latent_dim, **options):
+            run(
+                model_dir, tmp_path / "run", LDAlignConfig, num_iterations=1,
+                latent=LatentConfig(guide_options={"latent_dim": latent_dim}), **options,
+            )  # fmt: skip
+            return [name for _, name in said_stages(capsys.readouterr().out)]
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(module, "train_and_save", interrupt)
+            start(1)
+        assert "The guide's decoder hardly uses the codes. To have another one, stop here" in capsys.readouterr().out
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(sys.modules["trl_ift.latent.training"], "train_guide", interrupt)
+            start(2)
+        assert not (tmp_path / "run/guide").exists()
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):  # one that is not finished
+            patch.setattr(module, "train_and_save", interrupt)
+            start(3, weight_clip=[0.1, 2.0])
+        capsys.readouterr()
+        with pytest.raises(ValueError, match=r"made with latent=.*'latent_dim': 3.* \(now .*'latent_dim': 1"):
+            start(1, weight_clip=[0.1, 2.0])
+        assert start(3, weight_clip=[0.1, 2.0]) == ["train"]
+        assert json.loads((tmp_path / "run/self_play.json").read_text())["weight_clip"] == [0.1, 2.0]
+        pairs = pairs_of(tmp_path / "run", 0, "weighted")
+        scale = 3 + 4 * len(model_dir)
+        codes = [
+            Warped(scale).encode([Sample(r["prompt"], r[n]) for r in pairs]).numpy() for n in ("chosen", "rejected")
+        ]
+        np.testing.assert_allclose(pairs["latent_distance"], latent_distance(*codes), rtol=1e-6)
+
+    @pytest.mark.parametrize("source", ["nowhere", "empty"])
+    def test_a_sentence_encoder_that_is_none(self, source, model_dir, tmp_path, no_loading):
+        (tmp_path / "empty").mkdir()
+        latent = LatentConfig(sentence_encoder=str(tmp_path / source))
+        with pytest.raises((OSError, ValueError), match=source):
+            run(model_dir, tmp_path / "run", LDAlignConfig, latent=latent)
+        assert not (tmp_path / "run").exists()
+
+    def test_models_of_a_guide_are_checked(self, model_dir, tmp_path, no_loading):
+        """Before anything is generated for it."""
+        message = "`max_length=512` and `memory_tokens=8` do not fit the decoder, whose context has 512 tokens"
+        with pytest.raises(ValueError, match=message):
+            run(model_dir, tmp_path / "run", LDAlignConfig)
+        assert not (tmp_path / "run").exists()
+
+    def test_policies_of_a_short_context(self, tmp_path, tokenizer):
+        model = lively(tokenizer)
+        model.config.max_position_embeddings = 64
+        model.save_pretrained(tmp_path / "short")
+        tokenizer.save_pretrained(tmp_path / "short")
+        settings = {"latent": LatentConfig(policy_hidden_state=True), "num_iterations": 1, "max_steps": 1}
+        assert run(str(tmp_path / "short"), tmp_path / "run", LDAlignConfig, **settings)
 
     def test_policy_hidden_state(self, model_dir, tmp_path):
         """The codes of the initial model, in all iterations."""
@@ -1099,11 +1370,14 @@ def test_pushed(model_dir, tmp_path, monkeypatch, capsys):
             calls.append((repo_id, sorted(filter_repo_objects(paths, ignore_patterns=ignore_patterns))))
 
     monkeypatch.setattr(module, "HfApi", Hub)
+    waits = []
+    monkeypatch.setattr(module.PartialState, "wait_for_everyone", lambda self: waits.append(len(calls)))
     run(
         model_dir, tmp_path / "run", LDAlignConfig, latent=Letters(), push_to_hub=True, hub_token="hf_token",
         hub_private_repo=True, max_steps=1,
     )  # fmt: skip
     created, (repo_id, files) = calls
+    assert max(waits) == 1  # nobody waits for the upload
     assert created == ("run", {"private": True, "exist_ok": True})
     assert repo_id == "user/run"
     published = {path.name for path in (tmp_path / "run").iterdir() if path.is_file()} - {"self_play.json"}
@@ -1256,6 +1530,10 @@ class TestCommands:
             assert not stop.value.code
             text = capsys.readouterr().out
             assert all(option in text for option in options)
+            text = " ".join(text.split()).replace("- ", "-")
+            assert f"Confirmed by the paper{'' if method == 'ld-align' else ' and its code'}: " in text
+            assert "Default: 4 for SPIN, 1 for LD-Align (our choice)." in text
+            assert ("Latent distance (our choice)." in text) == (method == "ld-align")
             assert ("--distance" in text) == (method == "ld-align")
 
     @pytest.mark.slow

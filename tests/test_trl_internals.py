@@ -13,8 +13,8 @@ import pytest
 import tiny
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-from trl import DPOConfig, DPOTrainer, SFTTrainer
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from trl.trainer import dpo_trainer
 from trl.trainer.utils import add_fused_lm_head
 
@@ -33,6 +33,7 @@ from trl_ift.trl_internals import (
     forget_fused_head,
     keep_4bit_trainable_on_cpu,
     score_labelled_positions_only,
+    take_no_step,
 )
 
 
@@ -80,8 +81,6 @@ class TestCheckTRL:
         assert offenders == []
 
     def test_attributes_the_trainers_read(self, tmp_path, tokenizer):
-        from trl import SFTConfig
-
         trainer = SFTTrainer(
             model=tiny.model("llama", tokenizer),
             args=SFTConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none"),
@@ -368,3 +367,24 @@ class TestDPO:
         assert (64, 50) not in sizes
         trl_internals.LogProbFunction.apply(*arguments)
         assert (64, 50) in sizes
+
+
+def test_a_training_that_takes_no_step(tmp_path, tokenizer):
+    """Transformers takes one more step from the checkpoint of the last one, unless told not to."""
+
+    def trained():
+        config = SFTConfig(
+            str(tmp_path), use_cpu=True, bf16=False, report_to="none", disable_tqdm=True, max_steps=1, save_steps=1
+        )
+        return SFTTrainer(
+            tiny.model("llama", tokenizer), config, train_dataset=tiny.text_data(), processing_class=tokenizer
+        )
+
+    assert next(iter(inspect.signature(Trainer._run_epoch).parameters)) == "self"
+    first, again = trained(), trained()
+    first.train()
+    take_no_step(again)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert again.state.global_step == 1
+    for name, value in first.model.state_dict().items():
+        assert torch.equal(again.model.state_dict()[name], value), name

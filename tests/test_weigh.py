@@ -7,6 +7,7 @@ As a script, `test_weigh.py FOLDER MODEL_DIR` is one of two processes that tests
 import copy
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -37,17 +38,24 @@ from trl_ift.data import inference, shards
 from trl_ift.data.generation import generate_completions
 from trl_ift.data.pairs import build_pairs
 from trl_ift.latent import encoders, weigh
-from trl_ift.latent.encoders import Encoder, PolicyHiddenState, Sample, SentenceEncoder, encode_tokens, token_ids
+from trl_ift.latent.encoders import (
+    Encoder,
+    PolicyHiddenState,
+    Sample,
+    SentenceEncoder,
+    encode_tokens,
+    token_ids,
+    whole_token_ids,
+)
 from trl_ift.latent.weigh import (
     encode_dataset,
     load_codes,
     load_weighted_pairs,
     main,
     pair_distances,
-    weigh_codes,
     weigh_pairs,
 )
-from trl_ift.latent.weights import effective_sample_size, rank_correlation
+from trl_ift.latent.weights import WeightNormalizer, effective_sample_size, latent_distance, rank_correlation
 from trl_ift.scripts import tools
 
 
@@ -280,9 +288,17 @@ def test_empty_answers(kind, request):
         encoder.encode([*SAMPLES[:2], Sample("a", "")])
 
 
+def test_default_length_fits_the_context(tokenizer):
+    """512, or what the model reads."""
+    short = tiny.model("llama", tokenizer, max_position_embeddings=64)
+    assert PolicyHiddenState(short, processing_class=tokenizer).max_length == 64
+    long = tiny.model("llama", tokenizer, max_position_embeddings=1024)
+    assert PolicyHiddenState(long, processing_class=tokenizer).max_length == 512
+
+
 def test_lengths(policy, sentence, tokenizer, bert_tokenizer):
     long = Sample("one two three four five six", " seven eight nine ten eleven twelve")
-    prompt, answer = token_ids(long, tokenizer, None)
+    prompt, answer = whole_token_ids(long, tokenizer)
     assert token_ids(long, tokenizer, 9) == (prompt[-4:], answer[:5])
     assert policy(max_length=9)._tokens(long) == (prompt[-4:], answer[:5])
     assert sentence(max_length=9, with_prompt=True)._tokens(long)[1] == answer[:5]
@@ -475,7 +491,7 @@ def test_refusals(policy, sentence, llama, bert, tokenizer, bert_tokenizer, mode
         (lambda: sentence(max_length=513), ValueError, "`max_length=513`, but the model reads 512 tokens at most"),
         (lambda: policy(max_length=513), ValueError, "`max_length=513`, but the model reads 512 tokens at most"),
         (lambda: policy(max_length=1), ValueError, "`max_length=1` is out of range"),
-        (lambda: policy(max_length=None), TypeError, "`max_length` must be an integer"),
+        (lambda: policy(max_length=1.5), TypeError, "`max_length` must be an integer"),
         (lambda: policy(batch_tokens=0), ValueError, "`batch_tokens=0` is out of range"),
         (lambda: sentence(dtype="bfloat16"), ValueError, "are for a model that is named by a string"),
         (lambda: policy(adapter="x"), ValueError, "are for a model that is named by a string"),
@@ -690,13 +706,13 @@ def test_codes_of_something_else_are_refused(tmp_path, policy, sentence):
 
 
 def test_of_two_jobs_that_start_at_once_the_first_manifest_counts(tmp_path, monkeypatch):
-    write = weigh.write_manifest
+    write = shards.write_manifest
 
     def late(path, manifest, **options):
         write(path, manifest | {"settings": manifest["settings"] | {"shard_size": 999}})
         write(path, manifest, **options)
 
-    monkeypatch.setattr(weigh, "write_manifest", late)
+    monkeypatch.setattr(shards, "write_manifest", late)
     with pytest.raises(ValueError, match=r"shard_size=999 \(now 1000\)"):
         encode_dataset(Counting(), PAIRS, tmp_path, column="chosen")
     assert not list(tmp_path.glob("*.parquet"))
@@ -796,7 +812,9 @@ def test_weighted_pairs(data, policy, tmp_path):
         in_memory = weigh_pairs(data, encoder, **options)
         assert in_memory.column_names == [*data.column_names, "latent_distance", "weight"]
         assert_equal(in_memory.select_columns(data.column_names), data)
-        distances, weights = weigh_codes(*codes, **options)
+        distances = latent_distance(*codes, options.get("distance", "l2"))
+        normalization, clip = options.get("weight_normalization", "mean"), options.get("weight_clip")
+        weights = WeightNormalizer.fit(distances, normalization, clip)(distances)
         np.testing.assert_allclose(in_memory["latent_distance"][:], distances, rtol=0, atol=3e-6)
         np.testing.assert_allclose(in_memory["weight"][:], weights, rtol=0, atol=1e-5)
         folder = tmp_path / "-".join(options) / "out"
@@ -852,7 +870,7 @@ def test_equal_answers_have_distance_zero(policy, tmp_path):
         slipping.encode([Sample(row["prompt"], row[name]) for row in rows]).numpy() for name in ("chosen", "rejected")
     ]
     codes[0] += 1e-3
-    assert (weigh_codes(*codes)[0] > 0).all()
+    assert (latent_distance(*codes) > 0).all()
     assert [d == 0 for d in pair_distances(data, *codes)] == [index in (1, 5) for index in range(8)]
     conversational = data.map(
         lambda row: {name: [{"role": "assistant", "content": row[name]}] for name in ("chosen", "rejected")},
@@ -1362,7 +1380,18 @@ def test_pairs_from_completions(command, model_dir, tokenizer, monkeypatch, caps
     assert_equal(load_weighted_pairs("out"), weigh_pairs(pairs, PolicyHiddenState(model_dir)))
     assert main([*command, "--output_dir", "other", "--completions", "nowhere"]) == 1
     assert "`nowhere` holds no completions" in capsys.readouterr().err
+    # The encoder must be of the tokenizer that generated them
+    other = tokenizer.from_pretrained(model_dir)
+    other.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    tiny.model("llama", tokenizer).save_pretrained("foreign")
+    other.save_pretrained("foreign")
+    foreign = [*command[:2], "--policy_hidden_state", "foreign", *command[4:], "--output_dir", "other"]
+    assert main(foreign) == 1
+    assert "is not that of the policy" in capsys.readouterr().err
+    assert main([*foreign, "--tokenizer", "foreign"]) == 1
+    assert "Pass the tokenizer that generated them" in capsys.readouterr().err
     asked = []
+    shutil.copytree(model_dir, "mine")
     monkeypatch.setattr("trl_ift.data.pairs.build_pairs", lambda *args, **options: asked.append(options) or pairs)
     assert main([*command, "--output_dir", "two"]) == 0
     assert main([*command, "--output_dir", "three", "--drop_truncated", "--tokenizer", "mine"]) == 0

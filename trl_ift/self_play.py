@@ -20,8 +20,8 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable
-from copy import copy
+from collections.abc import Callable, Mapping
+from copy import copy, deepcopy
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,20 +31,30 @@ from accelerate import PartialState
 from datasets import Dataset, concatenate_datasets, load_dataset
 from huggingface_hub import HfApi
 from peft import PeftConfig, PeftModel
-from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase, set_seed
+from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedTokenizerBase, set_seed
 from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer_utils import IntervalStrategy
 
 from .checks import check_choice, check_model_source, check_peft, check_quantization, check_range
 from .data.generation import Settings as GenerationSettings
 from .data.generation import generate_completions
 from .data.inference import check_model, load_model, load_tokenizer, own_device, tokenizer_digest
-from .data.pairs import NoPairsError, count_pairs, describe_dropped, first_turns
-from .data.shards import wait_until, write_file
+from .data.pairs import NoPairsError, count_pairs, describe_dropped, describe_endless, first_turns
+from .data.shards import remove_scratch_files, wait_until, write_file
 from .latent.encoders import Encoder, text_of
 from .latent.weights import DISTANCES
 from .preference.ld_align import LDAlignConfig, LDAlignTrainer
 from .preference.spin import SPINConfig, SPINTrainer
-from .stages import as_json, claim, free_memory, is_main_process, say, train_and_save, training_settings
+from .stages import (
+    as_json,
+    claim,
+    free_memory,
+    is_main_process,
+    last_checkpoint,
+    say,
+    train_and_save,
+    training_settings,
+)
 
 
 STATE_FILE = "self_play.json"
@@ -60,14 +70,15 @@ class SelfPlayConfig:
     Parameters:
         num_iterations (`int`, *optional*):
             Number of iterations; 4 for SPIN, as its authors, and 1 for LD-Align (our choice) if not given. A finished run goes
-            on when it is raised.
+            on when it is raised, and refuses a lower one.
         keep_previous_pairs (`int`, *optional*):
             Number of earlier iterations whose pairs are trained again; 1 for SPIN, as its authors, and 0 for LD-Align (our
             choice) if not given. Weights are normalised over all pairs of an iteration.
         beta_schedule (`list[float]`, *optional*):
-            `beta` of each iteration; the last one goes on. SPIN's authors: 0.1, 0.1, 0.1, 5.0.
+            `beta` of each iteration; the last one goes on. SPIN's authors: 0.1, 0.1, 0.1, 5.0. Those of iterations to come may
+            change when a run goes on.
         learning_rate_schedule (`list[float]`, *optional*):
-            `learning_rate` of each iteration; the last one goes on. SPIN's authors: 5e-7, 5e-7, 1e-7, 1e-7.
+            `learning_rate` of each iteration, likewise. SPIN's authors: 5e-7, 5e-7, 1e-7, 1e-7.
         initial_adapter (`str`, *optional*):
             Hub id or folder of an adapter that the policy starts with, which is trained on. Excludes a new one.
         max_rows (`int`, *optional*):
@@ -91,12 +102,12 @@ class SelfPlayConfig:
     """
 
     num_iterations: int | None = field(
-        default=None, metadata={"help": "Number of iterations. Default: 4 for SPIN, 1 for LD-Align."}
+        default=None, metadata={"help": "Number of iterations. Default: 4 for SPIN, 1 for LD-Align (our choice)."}
     )
     keep_previous_pairs: int | None = field(
         default=None,
         metadata={
-            "help": "Number of earlier iterations whose pairs are trained again. Default: 1 for SPIN, 0 for LD-Align."
+            "help": "Earlier iterations whose pairs are trained again. Default: 1 for SPIN, 0 for LD-Align (our choice)."
         },
     )
     beta_schedule: list[float] | None = field(
@@ -137,15 +148,16 @@ class SelfPlayConfig:
             values = getattr(self, name)
             if values is None:
                 continue
-            if not values or (self.num_iterations is not None and len(values) > self.num_iterations):
+            if not values:
                 raise ValueError(
-                    f"`{name}={values}`: expected a value for each iteration, at least one and at most "
-                    f"`num_iterations={self.num_iterations}`."
+                    f"`{name}=[]`: expected a value for each iteration, at least one. Drop it, or give some."
                 )
             for value in values:
                 check_range(name, value, 0, low_open=True)
         if self.generation_dtype is not None:
             check_choice("generation_dtype", self.generation_dtype, ("bfloat16", "float16", "float32"))
+        if self.initial_adapter is not None:
+            self.initial_adapter = os.path.expanduser(self.initial_adapter)
         self._generation(0)  # checks the rest
 
     def _generation(self, seed: int) -> GenerationSettings:
@@ -201,18 +213,21 @@ class LatentConfig:
         metadata={"help": "Whether mean hidden states of the initial model are used in place of a guide."},
     )
     guide_encoder: str | None = field(
-        default=None, metadata={"help": "Model that the guide's encoder starts from; the initial model by default."}
+        default=None, metadata={"help": "What the guide's encoder starts from (our choice: the initial model)."}
     )
     guide_decoder: str | None = field(
-        default=None, metadata={"help": "Model that the guide's decoder starts from; the initial model by default."}
+        default=None, metadata={"help": "What the guide's decoder starts from (our choice: the initial model)."}
     )
     guide_options: dict | str | None = field(
-        default=None, metadata={"help": "Options of `trl-ift guide`, as JSON: '{\"latent_dim\": 64}'."}
+        default=None, metadata={"help": "Options of `trl-ift guide` (our choices) as JSON: '{\"latent_dim\": 64}'."}
     )
-    distance: str = field(default="l2", metadata={"help": "Latent distance.", "choices": list(DISTANCES)})
+    distance: str = field(default="l2", metadata={"help": "Latent distance (our choice).", "choices": list(DISTANCES)})
 
     def __post_init__(self):
         check_choice("distance", self.distance, DISTANCES)
+        for name in ("guide", "sentence_encoder", "guide_encoder", "guide_decoder"):
+            if (source := getattr(self, name)) is not None:
+                setattr(self, name, os.path.expanduser(source))
         if isinstance(self.guide_options, str):
             try:
                 self.guide_options = json.loads(self.guide_options)
@@ -243,6 +258,7 @@ def self_play(
     *,
     config: SelfPlayConfig | None = None,
     latent: LatentConfig | Encoder | None = None,
+    distance: str | None = None,
     processing_class: PreTrainedTokenizerBase | None = None,
     quantization_config: BitsAndBytesConfig | None = None,
     peft_config: PeftConfig | None = None,
@@ -254,7 +270,7 @@ def self_play(
     The reference is the policy as it was, and its log-probabilities are computed beforehand. With a `peft_config` one adapter
     is trained through all iterations. A run that was interrupted, in any way, goes on when it is called again with the same
     arguments: it costs at most the shard or the steps since the last checkpoint (`save_steps`) that it was at. A run that was
-    finished goes on with a higher `num_iterations`.
+    finished goes on with a higher `num_iterations`. The number of processes may change, but not within a training.
 
     Args:
         model (`str`):
@@ -269,6 +285,8 @@ def self_play(
             Options of the iterations.
         latent ([`LatentConfig`] or [`~trl_ift.latent.Encoder`], *optional*):
             Where the distances of LD-Align come from.
+        distance (`str`, *optional*):
+            `"l2"`, the default, `"sq_l2"` or `"cosine"`, of an encoder that is passed; a [`LatentConfig`] names its own.
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
             Tokenizer; the model's by default.
         quantization_config ([`~transformers.BitsAndBytesConfig`], *optional*):
@@ -282,10 +300,11 @@ def self_play(
 
     Raises:
         ValueError, TypeError, ImportError, OSError: Something in the input is wrong, or `output_dir` holds another run.
+        RuntimeError: A training failed, or saved no weights.
     """
     run = _SelfPlay(
-        model, args, train_dataset, eval_dataset, config or SelfPlayConfig(), latent, processing_class, quantization_config,
-        peft_config,
+        model, args, train_dataset, eval_dataset, config or SelfPlayConfig(), latent, distance, processing_class,
+        quantization_config, peft_config,
     )  # fmt: skip
     return run()
 
@@ -301,6 +320,7 @@ class _SelfPlay:
         eval_dataset,
         config,
         latent,
+        distance,
         processing_class,
         quantization_config,
         peft_config,
@@ -314,6 +334,13 @@ class _SelfPlay:
             raise ValueError(
                 "`latent` has no effect in SPIN, whose pairs have no weights. Drop it, or pass an `LDAlignConfig`."
             )
+        if distance is not None:
+            check_choice("distance", distance, DISTANCES)
+            if not isinstance(latent, Encoder):
+                raise ValueError(
+                    f"`distance={distance!r}` is for an `Encoder` as `latent`, which is a {type(latent).__name__}. Drop it, or "
+                    "set it in a `LatentConfig`."
+                )
         if not isinstance(model, str):
             raise TypeError(
                 f"`model` is a {type(model).__name__}; expected a Hub id or a folder: each iteration loads the model anew. "
@@ -335,15 +362,18 @@ class _SelfPlay:
             )
         if args.sync_ref_model:
             raise ValueError("`sync_ref_model=True`: the reference of an iteration is its start. Drop it.")
+        training_settings(args)  # refuses what could not go on
+        model = os.path.expanduser(model)
         self.model, self.args, self.config = model, args, config
         self.num_iterations = config.num_iterations or (1 if self.weighted else 4)
         kept = config.keep_previous_pairs
         self.keep = (0 if self.weighted else 1) if kept is None else kept
         self.latent = latent if latent is not None or not self.weighted else LatentConfig()
+        self.distance = self.latent.distance if isinstance(self.latent, LatentConfig) else distance or "l2"
         self.init_kwargs: dict[str, Any] = {"dtype": "float32", **(args.model_init_kwargs or {})}
         if quantization_config is not None:
             self.init_kwargs["quantization_config"] = quantization_config
-        self.peft_config = peft_config
+        self.peft_config = deepcopy(peft_config)  # PEFT writes into it
         check_quantization(quantization_config)
         check_model_source(model, processing_class)
         check_model(model, processing_class, config.initial_adapter, self.init_kwargs)
@@ -359,14 +389,66 @@ class _SelfPlay:
         if eval_dataset is not None:
             self.eval_data = _checked(eval_dataset, "eval_dataset", None)
         self.root = Path(args.output_dir).expanduser()
+        if "train" in self._finished(self._folder(self.num_iterations)):
+            raise ValueError(
+                f"`num_iterations={self.num_iterations}`, but `output_dir='{self.root}'` holds the policy after more of them. "
+                f"Give their number or a higher one; the policy after {self.num_iterations} is in "
+                f"{self._folder(self.num_iterations - 1) / 'model'}."
+            )
         self.state = PartialState(cpu=args.use_cpu)
         if self.weighted:
             self._check_latent()
         if is_main_process():
-            has_results = any(self.root.glob("iteration-*/completions/*.parquet"))
-            claim(self.root, STATE_FILE, self._settings(), has_results, "run of self-play")
+            self._claim()
         self.repo_id = self._make_repo()
         self.state.wait_for_everyone()
+
+    def _claim(self) -> None:
+        """Record what the run is made with, or refuse what differs from what its results were made with."""
+        settings, path = self._settings(), self.root / STATE_FILE
+        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        has_results = any(self.root.glob("iteration-*/completions/*.parquet"))
+        changed = {
+            name: found[name] for name in self._may_change(found, settings) if found.get(name) != settings[name]
+        }
+        claim(self.root, STATE_FILE, settings | changed, has_results, "run of self-play")
+        remove_scratch_files(self.root)
+        if not has_results and not any(self._folder(0).rglob("*.parquet")):
+            shutil.rmtree(self._folder(0), ignore_errors=True)  # its stages have recorded settings of an earlier start
+        elif "latent" in changed:
+            self._forget_latent()
+        if changed:
+            claim(self.root, STATE_FILE, settings, False, "run of self-play")
+
+    def _may_change(self, found: dict[str, Any], settings: dict[str, Any]) -> list[str]:
+        """The settings of which nothing that is finished depends on what differs."""
+        trained = 0
+        while "train" in self._finished(folder := self._folder(trained)) or any(folder.glob("model/checkpoint-*")):
+            trained += 1
+        names = [
+            f"{name}_schedule"
+            for name in ("beta", "learning_rate")
+            if all(_scheduled(found, name, i) == _scheduled(settings, name, i) for i in range(trained))
+        ]
+        stages = self._finished(self._folder(0))
+        if "weigh" not in stages:
+            names += ["weight_normalization", "weight_clip"]
+        collapsed = trained == 0 and (stages.get("guide", {}).get("check") or {}).get("collapsed")
+        if collapsed or not {"guide", "weigh"} & stages.keys():
+            names.append("latent")
+        return [name for name in names if name in found and name in settings]
+
+    def _forget_latent(self) -> None:
+        """Remove what was made with another latent space."""
+        say("The options of the latent space have changed: what was made with the earlier ones is removed.")
+        folder = self._folder(0)
+        stages = {name: record for name, record in self._finished(folder).items() if name in ("generate", "pair")}
+        _write_json(stages, folder / _STAGES_FILE)
+        for path in (self.root / "guide", self.root / "real_codes", folder / "codes"):
+            shutil.rmtree(path, ignore_errors=True)
+
+    def _folder(self, iteration: int) -> Path:
+        return self.root / f"iteration-{iteration}"
 
     def _settings(self) -> dict[str, Any]:
         """What the results depend on. `num_iterations` is not among it: a run may go on."""
@@ -376,7 +458,7 @@ class _SelfPlay:
         if isinstance(self.latent, LatentConfig):
             latent = asdict(self.latent)
         elif self.latent is not None:
-            latent = self.latent.describe()
+            latent = self.latent.describe() | {"distance": self.distance}
         settings: dict[str, Any] = {
             "format": _FORMAT,
             "method": "ld-align" if self.weighted else "spin",
@@ -395,19 +477,40 @@ class _SelfPlay:
         return as_json(settings)
 
     def _check_latent(self) -> None:
-        """Load an encoder that is there already, so that what is wrong with it is found before anything is generated."""
-        self.encoder: Encoder | None = None
+        """Check what the codes come from, so that what is wrong with it is found before anything is generated."""
         latent = self.latent
         if isinstance(latent, Encoder):
-            self.encoder = latent
+            latent.check_tokenizer(self.tokenizer)
         elif latent.trains_guide:
-            self._guide_arguments()
-        elif latent.guide is not None:
-            from .latent.guide import LatentGuide
+            from .latent.training import check_sources
 
-            self.encoder = LatentGuide.from_pretrained(latent.guide)
-        if self.encoder is not None:
-            self.encoder.check_tokenizer(self.tokenizer)
+            revision, own = self.init_kwargs.get("revision"), (latent.guide_encoder, latent.guide_decoder).count(None)
+            if revision not in (None, "main") and own == 1:
+                raise ValueError(
+                    f"`revision={revision!r}` with `guide_{'encoder' if latent.guide_encoder else 'decoder'}`: both parts of "
+                    "the guide would be loaded with it. Name both (the policy as a folder), or none."
+                )
+            arguments = self._guide_arguments()
+            check_sources(
+                latent.guide_encoder, latent.guide_decoder, self.model, self.tokenizer, arguments, self._guide_kwargs()
+            )
+        elif latent.guide is not None:
+            self._load_encoder()
+            free_memory()  # of the device; it is loaded again when it is needed
+        elif latent.sentence_encoder is not None:
+            check_model_source(latent.sentence_encoder, None)
+            AutoConfig.from_pretrained(latent.sentence_encoder)
+            load_tokenizer(latent.sentence_encoder, None, {})
+
+    def _guide_kwargs(self) -> dict[str, Any]:
+        """Arguments of `from_pretrained` for the models that the guide starts from."""
+        names = ["trust_remote_code"]
+        if self.latent.guide_encoder is None and self.latent.guide_decoder is None:
+            names += ["revision", "attn_implementation"]
+        kwargs = {name: value for name in names if (value := self.init_kwargs.get(name)) is not None}
+        if "flash" in kwargs.get("attn_implementation", ""):  # not for weights in float32
+            del kwargs["attn_implementation"]
+        return kwargs
 
     def _guide_arguments(self) -> Any:
         from .latent.training import GuideTrainingArguments
@@ -417,6 +520,8 @@ class _SelfPlay:
             "use_cpu": args.use_cpu, "bf16": args.bf16, "fp16": args.fp16, "seed": args.seed, "report_to": args.report_to,
             "per_device_train_batch_size": args.per_device_train_batch_size, "disable_tqdm": args.disable_tqdm,
             "gradient_accumulation_steps": args.gradient_accumulation_steps, "logging_steps": args.logging_steps,
+            "save_strategy": "steps" if args.save_strategy == "best" else args.save_strategy, "save_steps": args.save_steps,
+            "save_total_limit": args.save_total_limit, "ddp_timeout": args.ddp_timeout,
         }  # fmt: skip
         options: dict[str, Any] = dict(self.latent.guide_options or {})  # type: ignore[arg-type]
         if "output_dir" in options:
@@ -445,7 +550,7 @@ class _SelfPlay:
 
     def _iterate(self, iteration: int) -> dict[str, Any] | None:
         """Run the stages of an iteration that are not finished; `None` if the policy has nothing left to learn."""
-        folder = self.root / f"iteration-{iteration}"
+        folder = self._folder(iteration)
         stages: list[tuple[str, Callable[[Path, int], dict[str, Any]]]] = [("generate", self._generate)]
         stages += [("pair", self._pair)]
         if self.weighted:
@@ -474,20 +579,27 @@ class _SelfPlay:
         if finished:
             return
         say(f"Iteration {iteration + 1} of {self.num_iterations}, {place}: {name}{self._time_left(iteration, name)}")
-        start = time.monotonic()
-        record = run(folder, iteration)
+        begun = f"{name}, begun"  # the time of what was interrupted, unless it was killed
+        start = time.monotonic() - self._finished(folder).get(begun, {"seconds": 0})["seconds"]
+        try:
+            record = run(folder, iteration)
+        except BaseException:
+            if is_main_process() and folder.is_dir():
+                seconds = round(time.monotonic() - start, 1)
+                _write_json(self._finished(folder) | {begun: {"seconds": seconds}}, folder / _STAGES_FILE)
+            raise
         if is_main_process():
             record = {**record, "seconds": round(time.monotonic() - start, 1)}
-            folder.mkdir(parents=True, exist_ok=True)
-            data = json.dumps(self._finished(folder) | {name: record}, indent=2) + "\n"
-            write_file(folder / _STAGES_FILE, data.encode())
+            stages = {key: value for key, value in self._finished(folder).items() if key != begun}
+            _write_json(stages | {name: record}, folder / _STAGES_FILE)
+            remove_scratch_files(folder)
         wait_until(lambda: name in self._finished(folder))
 
     def _time_left(self, iteration: int, name: str) -> str:
         """What the stages to come took before; nothing while one of them has not been run."""
         seconds: dict[str, float] = {}
         for earlier in range(iteration + 1):
-            seconds |= {k: v["seconds"] for k, v in self._finished(self.root / f"iteration-{earlier}").items()}
+            seconds |= {k: v["seconds"] for k, v in self._finished(self._folder(earlier)).items()}
         order = ["generate", "pair", *(["weigh"] if self.weighted else []), "train"]
         if name not in order or not all(stage in seconds for stage in order):
             return ""
@@ -500,7 +612,7 @@ class _SelfPlay:
         """Model and adapter that an iteration starts from."""
         if iteration == 0:
             return self.model, self.config.initial_adapter
-        folder = str(self.root / f"iteration-{iteration - 1}" / "model")
+        folder = str(self._folder(iteration - 1) / "model")
         has_adapter = self.peft_config is not None or self.config.initial_adapter is not None
         return (self.model, folder) if has_adapter else (folder, None)
 
@@ -544,15 +656,21 @@ class _SelfPlay:
                 pairs, found = count_pairs(data, folder / source, self.tokenizer, self.config.drop_truncated)
             except NoPairsError as error:
                 # A later policy may have met the data; the first one that gives no pair has something wrong
-                if iteration == 0 or source != "completions":
+                if iteration == 0:
                     raise
-                return {"pairs": 0, "reason": str(error)}
+                if source == "completions":
+                    return {"pairs": 0, "reason": str(error)}
+                say(f"This iteration is trained without evaluation. {error}")
+                counts["eval_pairs"] = 0
+                continue
             _write_parquet(pairs, folder / target)
-            counts = counts or found
+            counts = counts | {"eval_pairs": found["pairs"]} if counts else found
         say(
             f"{counts['pairs']} pairs; dropped: {describe_dropped(counts)}; {counts['truncated']} of {counts['completions']} "
             f"answers were cut at {self.config.max_new_tokens} tokens."
         )
+        if counts["endless"]:
+            say(describe_endless(counts))
         return counts
 
     def _sets(self, folder: Path) -> list[tuple[Dataset, str, str]]:
@@ -564,7 +682,6 @@ class _SelfPlay:
 
         latent = self.latent
         pairs = _read_parquet(folder / "pairs.parquet").select_columns(["prompt", "chosen", "rejected"])
-        source = {key: self.init_kwargs[key] for key in ("trust_remote_code",) if key in self.init_kwargs}
         own = latent.guide_decoder is None
         train_guide(
             latent.guide_encoder or self.model,
@@ -572,35 +689,41 @@ class _SelfPlay:
             pairs,
             self._guide_arguments(),
             processing_class=self.tokenizer if own else None,
-            model_init_kwargs=source,
+            model_init_kwargs=self._guide_kwargs(),
         )
         free_memory()
-        return {"check": json.loads((self.root / "guide" / "guide.json").read_text(encoding="utf-8")).get("check")}
+        check = json.loads((self.root / "guide" / "guide.json").read_text(encoding="utf-8")).get("check")
+        if check and check.get("collapsed"):
+            say(
+                "The guide's decoder hardly uses the codes. To have another one, stop here, and run the same again with other "
+                "options of the latent space: they bind from the first checkpoint of the training on."
+            )
+        return {"check": check}
 
     def _load_encoder(self) -> Encoder:
-        if self.encoder is not None:
-            return self.encoder
+        if isinstance(self.latent, Encoder):
+            return self.latent
         from .latent.encoders import PolicyHiddenState, SentenceEncoder
         from .latent.guide import LatentGuide
 
         latent = self.latent
         if latent.sentence_encoder is not None:
-            self.encoder = SentenceEncoder(latent.sentence_encoder)
+            encoder: Encoder = SentenceEncoder(latent.sentence_encoder)
         elif latent.policy_hidden_state:
-            self.encoder = PolicyHiddenState(
+            encoder = PolicyHiddenState(
                 self.model,
                 processing_class=self.tokenizer,
                 adapter=self.config.initial_adapter,
                 model_init_kwargs=self.init_kwargs,
             )
         else:
-            self.encoder = LatentGuide.from_pretrained(latent.guide or self.root / "guide")
-        self.encoder.check_tokenizer(self.tokenizer)
-        return self.encoder
+            encoder = LatentGuide.from_pretrained(latent.guide or self.root / "guide")
+        encoder.check_tokenizer(self.tokenizer)
+        return encoder
 
     def _weigh(self, folder: Path, iteration: int) -> dict[str, Any]:
         """Weights of the new pairs and of those that are kept from earlier iterations, normalised together."""
-        from .latent.weigh import add_weights, encode_dataset, pair_distances, warn_of_weights
+        from .latent.weigh import add_weights, describe_weights, encode_dataset, pair_distances, warn_of_weights
 
         encoder = self._load_encoder()
         # Codes of the real answers, once for all iterations; an empty one has none, and is in no pair
@@ -609,13 +732,10 @@ class _SelfPlay:
         place = {index: position for position, index in enumerate(answered)}
         distances = []
         for earlier in self._kept(iteration):
-            pairs = _read_parquet(self.root / f"iteration-{earlier}" / "pairs.parquet")
-            codes = self.root / f"iteration-{earlier}" / "codes"
-            generated = encode_dataset(encoder, pairs, codes, column="rejected")
+            pairs = _read_parquet(self._folder(earlier) / "pairs.parquet")
+            generated = encode_dataset(encoder, pairs, self._folder(earlier) / "codes", column="rejected")
             chosen = real[[place[index] for index in pairs["prompt_index"]]]
-            distances.append(pair_distances(pairs, chosen, generated, self._distance))
-        if not isinstance(self.latent, Encoder):
-            self.encoder = None
+            distances.append(pair_distances(pairs, chosen, generated, self.distance))
         description = encoder.describe()
         del encoder
         free_memory()
@@ -627,38 +747,32 @@ class _SelfPlay:
         pairs, summary = add_weights(union, np.concatenate(distances), normalization, clip)
         warn_of_weights(summary, len(pairs))
         _write_parquet(pairs, folder / "weighted.parquet")
-        correlation = summary["length_correlation"]
-        say(
-            f"Weights: mean {summary['mean']:.3g}, from {summary['min']:.3g} to {summary['max']:.3g}; worth "
-            f"{summary['effective_sample_size']:.0f} of {len(pairs)} pairs; rank correlation with the difference in length "
-            f"{'undefined' if correlation is None else f'{correlation:.2f}'}."
-        )
+        say(describe_weights(summary, len(pairs)))
         return {"weights": summary, "encoder": description}
-
-    @property
-    def _distance(self) -> str:
-        return self.latent.distance if isinstance(self.latent, LatentConfig) else "l2"
 
     def _kept(self, iteration: int) -> range:
         """The iterations whose pairs are trained in this one."""
         return range(max(iteration - self.keep, 0), iteration + 1)
 
     def _union(self, iteration: int, file: str) -> Dataset:
-        return concatenate_datasets(
-            [_read_parquet(self.root / f"iteration-{earlier}" / file) for earlier in self._kept(iteration)]
-        )
+        return concatenate_datasets([_read_parquet(self._folder(earlier) / file) for earlier in self._kept(iteration)])
 
     def _train(self, folder: Path, iteration: int) -> dict[str, Any]:
+        last_checkpoint(folder / "model", self.state.num_processes)  # refuses one of another number of processes
         model, adapter = self._start_of(iteration)
         kwargs = self._load_kwargs(model)
         args = self._arguments(folder, iteration)
         pairs = (
             _read_parquet(folder / "weighted.parquet") if self.weighted else self._union(iteration, "pairs.parquet")
         )
-        eval_pairs = None if self.eval_data is None else _read_parquet(folder / "eval_pairs.parquet")
+        eval_pairs = None
+        if self.eval_data is not None and self._finished(folder)["pair"].get("eval_pairs") != 0:
+            eval_pairs = _read_parquet(folder / "eval_pairs.parquet")
+        elif self.eval_data is not None:
+            args.eval_strategy, args.eval_on_start = IntervalStrategy.NO, False
         trainer_class = LDAlignTrainer if self.weighted else SPINTrainer
         set_seed(args.seed)
-        options: dict[str, Any] = {"peft_config": self.peft_config}
+        options: dict[str, Any] = {"peft_config": deepcopy(self.peft_config)}
         policy: Any = model
         if adapter is None:
             options["quantization_config"] = kwargs.pop("quantization_config", None)
@@ -678,7 +792,7 @@ class _SelfPlay:
         }
         if self.weighted:
             trainer.iteration_summary |= {
-                "distance": self._distance,
+                "distance": self.distance,
                 "weight_normalization": self.args.weight_normalization or "mean",
                 **({} if self.args.weight_clip is None else {"weight_clip": self.args.weight_clip}),
             }
@@ -699,8 +813,7 @@ class _SelfPlay:
         args.overwrite_output_dir = True  # of an earlier start without a checkpoint
         args.run_name = f"{args.run_name or self.root.resolve().name}-{iteration}"
         for name in ("beta", "learning_rate"):
-            if schedule := getattr(self.config, f"{name}_schedule"):
-                setattr(args, name, schedule[min(iteration, len(schedule) - 1)])
+            setattr(args, name, _scheduled(vars(self.args) | vars(self.config), name, iteration))
         if self.weighted:  # the weights are those of the column
             args.weight_normalization, args.weight_clip = None, None
         return args
@@ -726,7 +839,7 @@ class _SelfPlay:
 
     def _publish(self, iterations: int) -> None:
         """Put the last policy into `output_dir` itself, and on the Hub if asked to."""
-        source = self.root / f"iteration-{iterations - 1}" / "model"
+        source = self._folder(iterations - 1) / "model"
         if is_main_process():
             for path in source.iterdir():
                 if path.is_file() and path.name != TRAINING_ARGS_NAME:
@@ -737,9 +850,9 @@ class _SelfPlay:
                     except OSError:  # a file system without hard links
                         shutil.copy2(path, target)
             say(f"The policy after {iterations} iterations is in {self.root}; each of them in its folder there.")
-            if self.repo_id is not None:
-                self._push(self.repo_id)
-        self.state.wait_for_everyone()
+        self.state.wait_for_everyone()  # not for the upload, which may take longer than collectives wait
+        if self.repo_id is not None:
+            self._push(self.repo_id)
 
     def _make_repo(self) -> str | None:
         """Make the repository on the Hub, as transformers does before the training, and return its id."""
@@ -779,6 +892,12 @@ def _digest(dataset: Dataset) -> str:
     return digest.hexdigest()[:16]
 
 
+def _scheduled(settings: Mapping[str, Any], name: str, iteration: int) -> Any:
+    """The value of an option in an iteration: that of its schedule, if there is one."""
+    schedule = settings.get(f"{name}_schedule")
+    return schedule[min(iteration, len(schedule) - 1)] if schedule else settings.get(name)
+
+
 def _last_metrics(history: list[dict[str, Any]]) -> dict[str, float]:
     """The last figures of the training, and of its evaluation."""
     wanted = ("loss", "rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected")
@@ -787,6 +906,11 @@ def _last_metrics(history: list[dict[str, Any]]) -> dict[str, float]:
         found |= {name: entry[name] for name in wanted if name in entry}
         found |= {name: value for name, value in entry.items() if name.removeprefix("eval_") in wanted}
     return found
+
+
+def _write_json(value: dict[str, Any], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_file(path, (json.dumps(value, indent=2) + "\n").encode())
 
 
 def _write_parquet(dataset: Dataset, path: Path) -> None:

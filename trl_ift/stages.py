@@ -29,7 +29,15 @@ def say(text: str) -> None:
 
 
 def training_settings(training_args: Any) -> dict[str, Any]:
-    """The options of a config that its result depends on."""
+    """The options of a config that its result depends on.
+
+    Raises:
+        ValueError: An interrupted training could not go on as it would have (`save_only_model`).
+    """
+    if training_args.save_only_model:
+        raise ValueError(
+            "`save_only_model=True`: a run that was interrupted could not go on as it would have. Drop the option."
+        )
     settings = {name: value for name, value in training_args.to_dict().items() if not _MAY_CHANGE.fullmatch(name)}
     if options := settings.get("model_init_kwargs"):  # tokens are written nowhere
         settings["model_init_kwargs"] = {name: value for name, value in options.items() if "token" not in name}
@@ -68,30 +76,49 @@ def claim(root: Path, file: str, settings: Mapping[str, Any], has_results: bool,
                 f"`output_dir='{root}'` holds a run that was made with {', '.join(differing)}. Choose another `output_dir`, "
                 "or, to go on there, give the same again."
             )
-    elif root.is_dir() and any(root.iterdir()):
+    elif root.is_dir() and not all(path.match(".*.tmp") for path in root.iterdir()):  # of a `claim` that was killed
         raise ValueError(f"`output_dir='{root}'` is not empty, and holds no {what}. Choose another folder.")
     root.mkdir(parents=True, exist_ok=True)
     write_file(path, (json.dumps(settings, indent=2) + "\n").encode())
+
+
+def last_checkpoint(folder: Path, processes: int) -> Path | None:
+    """The last complete checkpoint in the folder of a training, if there is one.
+
+    Raises:
+        ValueError: It was written by another number of processes.
+    """
+    from .checks import is_complete_checkpoint
+
+    checkpoints = [path for path in folder.glob("checkpoint-*") if is_complete_checkpoint(path)]
+    last = max(checkpoints, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+    if last is not None and (found := len(list(last.glob("rng_state*.pth")))) not in (0, processes):  # one of each
+        raise ValueError(
+            f"`{last}` is of a training in {found} process{'es' * (found > 1)}, now there {'is' if processes == 1 else 'are'} "
+            f"{processes}: its steps would be of another number of rows. Launch {found} again (`--num_processes {found}`), or "
+            "delete the checkpoints beside it to begin this training anew."
+        )
+    return last
 
 
 def train_and_save(trainer: Any, folder: Path, what: str) -> dict[str, Any]:
     """Train from the last complete checkpoint in the folder, if there is one, and save; return what to record of it.
 
     Raises:
+        ValueError: The checkpoint was written by another number of processes.
         RuntimeError: The training failed, or saved no weights.
     """
     from transformers import TrainerState
     from transformers.trainer import TRAINER_STATE_NAME
 
-    from .checks import WEIGHT_FILES, is_complete_checkpoint
+    from .checks import WEIGHT_FILES
     from .scripts.train import INPUT_ERRORS
+    from .trl_internals import take_no_step
 
-    checkpoints = [path for path in folder.glob("checkpoint-*") if is_complete_checkpoint(path)]
-    last = max(checkpoints, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
-    if last is not None:
+    if (last := last_checkpoint(folder, trainer.args.world_size)) is not None:
         say(f"Going on from {last.name}.")
         if (state := TrainerState.load_from_json(str(last / TRAINER_STATE_NAME))).global_step >= state.max_steps:
-            trainer._run_epoch = lambda **_: None  # at its end: one more step would be taken
+            take_no_step(trainer)  # at its end: one more would be taken
     try:
         trainer.train(resume_from_checkpoint=None if last is None else str(last))
     except INPUT_ERRORS as error:

@@ -21,6 +21,7 @@ from accelerate.utils import broadcast_object_list
 from datasets import Dataset, IterableDataset
 from packaging.version import Version
 from torch.distributed.tensor import DTensor
+from transformers import Trainer
 from trl import DPOTrainer, SFTTrainer, get_training_chat_template
 from trl.chat_template_utils import has_generation_markers
 from trl.cli.accelerate_config import resolve_accelerate_config_argument
@@ -70,6 +71,7 @@ __all__ = [
     "resolve_accelerate_config_argument",
     "score_labelled_positions_only",
     "share_cache_folder",
+    "take_no_step",
     "tokenize",
 ]
 
@@ -483,6 +485,11 @@ def share_cache_folder(dataset: Dataset) -> None:
     folder = [os.path.dirname(dataset._get_cache_file_path("0"))]
     broadcast_object_list(folder, from_process=0)
     dataset._get_cache_file_path = lambda fingerprint: os.path.join(folder[0], f"cache-{fingerprint}.arrow")
+
+
+def take_no_step(trainer: Trainer) -> None:
+    """Let `trainer.train` load its checkpoint and end, for one at its last step: transformers would take one more."""
+    trainer._run_epoch = lambda **_: None
 
 
 def forget_fused_head(model: torch.nn.Module) -> None:

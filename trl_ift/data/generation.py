@@ -50,7 +50,7 @@ from .inference import (
 from .shards import (
     MANIFEST,
     check_manifest,
-    differing_versions,
+    claim_shards,
     read_manifest,
     remove_scratch_files,
     wait_until,
@@ -208,7 +208,7 @@ def generate_completions(
     _check_backend(model, adapter, init_kwargs, vllm_kwargs, backend, state)
     tokenizer = load_tokenizer(model, processing_class, init_kwargs)
     dataset = _only_prompts(dataset)
-    first_prompt, _ = _tokenize_prompt(next(iter(dataset)), 0, tokenizer)  # a template that fails does so here
+    first_prompt, _ = tokenize_prompt(next(iter(dataset)), 0, tokenizer)  # a template that fails does so here
     recorded = asdict(settings) | _record_prompts(dataset) | {"tokenizer": tokenizer_digest(tokenizer)}
     check_manifest(folder, _FORMAT, recorded, "completions")
 
@@ -223,7 +223,8 @@ def generate_completions(
     }
     check_manifest(folder, _FORMAT, recorded, "completions")
     if state.is_main_process:
-        _claim_folder(folder, {"model": source, "adapter": adapter, "settings": recorded})
+        contents = {"model": source, "adapter": adapter, "settings": recorded, "versions": library_versions()}
+        claim_shards(folder, {"format": _FORMAT, **contents, "complete": False}, "completions")
     state.wait_for_everyone()
     if read_manifest(folder)["complete"]:
         return load_completions(folder)
@@ -383,7 +384,7 @@ def _prompt_of(row: dict[str, Any], index: int) -> str | list[dict[str, Any]]:
     return prompt
 
 
-def _tokenize_prompt(
+def tokenize_prompt(
     row: dict[str, Any], index: int, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[str | list[dict[str, Any]], list[int]]:
     """Return the prompt and its token ids, those of TRL's preference trainers."""
@@ -548,7 +549,7 @@ class _ShardWriter:
     def write(self, shard: int, prompt_rows: Dataset | list[dict[str, Any]], progress: "_Progress") -> None:
         rows: list[dict[str, Any]] = []
         for index, row in enumerate(prompt_rows, start=shard * self.settings.shard_size):
-            prompt, ids = _tokenize_prompt(row, index, self.tokenizer)
+            prompt, ids = tokenize_prompt(row, index, self.tokenizer)
             _check_keys(prompt, index, self.features)
             if self.prompt_limit is not None and len(ids) > self.prompt_limit:
                 progress.skip(1)
@@ -638,21 +639,6 @@ class _Progress:
 def shard_path(folder: Path, shard: int) -> Path:
     """Path of a shard. The file is there iff the shard is finished."""
     return folder / f"completions-{shard:05d}.parquet"
-
-
-def _claim_folder(folder: Path, contents: dict[str, Any]) -> None:
-    """Write the manifest, or, where there is one, compare the library versions."""
-    versions = library_versions()
-    if not (folder / MANIFEST).is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        write_manifest(folder, {"format": _FORMAT, **contents, "versions": versions, "complete": False})
-        return
-    found = read_manifest(folder)["versions"]
-    if differing := differing_versions(found, versions):
-        warnings.warn(
-            f"The first completions in '{folder}' were made with {differing}: the rest may not be what an "
-            "uninterrupted run would have given."
-        )
 
 
 def _complete(folder: Path, shards: int, prompts: int, limit: int | None, tokens_per_second: float | None) -> None:

@@ -23,7 +23,9 @@ from ..scripts.data import load_split
 from ..scripts.tools import add_dataset_options, run_tool
 from ..scripts.train import usage_error
 from ..trl_internals import common_prefix_length, tokenize
-from .generation import load_completions
+from .generation import load_completions, tokenize_prompt
+from .inference import tokenizer_digest
+from .shards import read_manifest
 
 
 _COLUMNS = [
@@ -48,9 +50,10 @@ def build_pairs(
     Pair the answers of an SFT dataset, as chosen, with generated ones, as rejected.
 
     The token ids of a generated answer are those that the model sampled, and one that was cut at `max_new_tokens` gets no
-    end-of-sequence token (from texts, TRL would append one to it). Real answers end with the token that ends the generated
-    ones. Pairs whose generated answer is empty, or equal to the real one but for white space at its ends, are dropped; a
-    warning counts them.
+    end-of-sequence token (from texts, TRL would append one to it). Real answers that are texts end with that of the tokenizer;
+    messages end with what the chat template writes, as far as a token that ends answers, and a warning counts those where it
+    writes none. Pairs whose generated answer is empty, or equal to the real one but for white space at its ends, are dropped;
+    a warning counts them.
 
     Args:
         dataset ([`~datasets.Dataset`]):
@@ -68,24 +71,35 @@ def build_pairs(
         `prompt_index`, the row of the SFT dataset; `policy`, the fingerprint of the model that generated it.
 
     Raises:
-        ValueError, TypeError: The completions are not of these prompts, or no pair is left.
+        ValueError, TypeError: The completions are not of these prompts or of this tokenizer, or no pair is left.
     """
     pairs, counts = count_pairs(dataset, completions, processing_class, drop_truncated)
     if counts["dropped"]:
         logger.warning(f"Dropped {describe_dropped(counts)} of {counts['completions']} generated answers.")
+    if counts["endless"]:
+        logger.warning(describe_endless(counts))
     return pairs
 
 
 def count_pairs(
     dataset: Dataset, completions: Any, processing_class: Any, drop_truncated: bool
 ) -> tuple[Dataset, dict[str, Any]]:
-    """As `build_pairs`; also return how many answers were generated, cut, and dropped for which reason."""
+    """As `build_pairs`; also return how many answers were generated, cut, and dropped for which reason.
+
+    `endless` counts the pairs whose real answer ends without a token that ends answers.
+    """
     dataset = first_turns(dataset)
-    if not isinstance(completions, Dataset):
-        completions = load_completions(completions)
     if isinstance(processing_class, str):
         processing_class = AutoTokenizer.from_pretrained(processing_class)
-    reasons = _why_dropped(dataset, completions, drop_truncated)
+    if not isinstance(completions, Dataset):
+        folder, completions = completions, load_completions(completions)
+        expected, found = read_manifest(folder)["settings"]["tokenizer"], tokenizer_digest(processing_class)
+        if found != expected:
+            raise ValueError(
+                f"The completions in `{folder}` are of a tokenizer with the digest {expected}, that of `processing_class` is "
+                f"{found}: vocabulary, end of sequence or chat template differ. Pass the tokenizer that generated them."
+            )
+    reasons = _why_dropped(dataset, completions, processing_class, drop_truncated)
     dropped = Counter(reason for reason in reasons if reason is not None)
     counts = {
         "completions": len(completions),
@@ -109,6 +123,7 @@ def count_pairs(
         load_from_cache_file=False,
         desc="Pairs",
     )
+    counts["endless"] = sum(end_ids.isdisjoint(ids[-1:]) for ids in pairs["chosen_ids"])
     return pairs.select_columns(_COLUMNS), counts
 
 
@@ -117,7 +132,17 @@ def describe_dropped(counts: dict[str, Any]) -> str:
     return ", ".join(f"{number} {reason}" for reason, number in counts["dropped"].items()) or "none"
 
 
-def _why_dropped(dataset: Dataset, completions: Dataset, drop_truncated: bool) -> list[str | None]:
+def describe_endless(counts: dict[str, Any]) -> str:
+    """What is to be said of real answers without an end."""
+    return (
+        f"{counts['endless']} of {counts['pairs']} real answers have no token at their end that ends answers, because the chat "
+        "template writes none: a model that learns from them does not learn to stop. Mend the template."
+    )
+
+
+def _why_dropped(
+    dataset: Dataset, completions: Dataset, tokenizer: PreTrainedTokenizerBase, drop_truncated: bool
+) -> list[str | None]:
     """Reason why the pair of each completion is dropped, or `None`."""
     needed = {"prompt", "completion", "prompt_ids", "completion_ids", "truncated", "prompt_index"}
     if missing := sorted(needed - set(completions.column_names)):
@@ -133,6 +158,14 @@ def _why_dropped(dataset: Dataset, completions: Dataset, drop_truncated: bool) -
             raise ValueError(
                 f"`completions`, row {number}: it was generated for another prompt than that of row {index} of `dataset`. Pass "
                 "the dataset that the completions were generated for, unshuffled."
+            )
+        _, ids = tokenize_prompt(real, index, tokenizer)
+        if ids != row["prompt_ids"]:
+            heads = [tokenizer.decode(tokens[:12]) for tokens in (row["prompt_ids"], ids)]
+            raise ValueError(
+                f"`completions`, row {number}: its prompt begins with {heads[0]!r} as `processing_class` decodes it, and with "
+                f"{heads[1]!r} as it tokenizes the prompt of `dataset` ({len(row['prompt_ids'])} and {len(ids)} tokens). Pass "
+                "the tokenizer that generated them."
             )
         generated, answer = (text_of(row["completion"]).strip(), text_of(real["completion"]).strip())
         reasons.append(
@@ -263,6 +296,8 @@ def _build(args: argparse.Namespace) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     pairs.to_parquet(str(output))
     print(f"{counts['pairs']} pairs written to {output}; dropped: {describe_dropped(counts)}.")
+    if counts["endless"]:
+        print(describe_endless(counts))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import json
 import os
 import socket
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,17 @@ def check_manifest(folder: Path, format_: Any, settings: Mapping[str, Any], what
         raise ValueError(
             f"`output_dir='{folder}'` holds {what} that were made with {', '.join(differing)}. Choose another `output_dir`, "
             "or, to go on there, give the same again."
+        )
+
+
+def claim_shards(folder: Path, manifest: Mapping[str, Any], what: str) -> None:
+    """Write the manifest of shards, or, where there is one, warn if their library versions differ; `what`: as above."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_manifest(folder, manifest, keep_existing=True)
+    if differing := differing_versions(read_manifest(folder)["versions"], manifest["versions"]):
+        warnings.warn(
+            f"The first {what} in '{folder}' were made with {differing}: the rest may not be what an uninterrupted run would "
+            "have given."
         )
 
 

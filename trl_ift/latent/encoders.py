@@ -78,14 +78,26 @@ def text_of(value: Text) -> str:
     return "\n".join(str(message.get("content") or "") for message in value)
 
 
-def token_ids(
-    sample: Sample, tokenizer: PreTrainedTokenizerBase, max_length: int | None
-) -> tuple[list[int], list[int]]:
+def token_ids(sample: Sample, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Tokens:
+    """Token ids of the prompt and of the answer, as `whole_token_ids`, at most `max_length`.
+
+    A prompt keeps its last `max_length // 2` tokens, whatever the answer, and the answer as many of its first ones as are left
+    (our choice).
+    """
+    return cut_tokens(whole_token_ids(sample, tokenizer), max_length)
+
+
+def cut_tokens(tokens: Tokens, max_length: int) -> Tokens:
+    """What `token_ids` keeps of all tokens of a sample."""
+    prompt = tokens[0][-(max_length // 2) :]
+    return prompt, tokens[1][: max_length - len(prompt)]
+
+
+def whole_token_ids(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> Tokens:
     """Token ids of the prompt and of the answer, the latter without an end-of-sequence token.
 
     Prompts of messages are rendered with the chat template, if the tokenizer has one, else joined. So an answer that was cut
-    differs from a finished one by its text alone. A prompt keeps its last `max_length // 2` tokens, whatever the answer, and
-    the answer as many of its first ones as are left (our choice).
+    differs from a finished one by its text alone.
     """
     if isinstance(sample.prompt, str):
         prompt = list(tokenize(tokenizer, sample.prompt)["input_ids"])
@@ -93,11 +105,7 @@ def token_ids(
         prompt = list(tokenize(tokenizer, sample.prompt, add_generation_prompt=True)["input_ids"])
     else:
         prompt = list(tokenize(tokenizer, text_of(sample.prompt))["input_ids"])
-    answer = list(tokenizer(text_of(sample.completion), add_special_tokens=False)["input_ids"])
-    if max_length is not None:
-        prompt = prompt[-(max_length // 2) :]
-        answer = answer[: max_length - len(prompt)]
-    return prompt, answer
+    return prompt, list(tokenizer(text_of(sample.completion), add_special_tokens=False)["input_ids"])
 
 
 # ---------------------------------------------------------------- running a model
@@ -177,13 +185,14 @@ class _PooledHiddenState(Encoder):
         self,
         model: str | PreTrainedModel | PeftModel,
         processing_class: PreTrainedTokenizerBase | ProcessorMixin | None,
-        max_length: int,
+        max_length: int | None,
         batch_tokens: int,
         adapter: str | None,
         init_kwargs: dict[str, Any],
         architecture: Any = None,
     ):
-        check_range("max_length", max_length, 2, integer=True)
+        if max_length is not None:
+            check_range("max_length", max_length, 2, integer=True)
         check_range("batch_tokens", batch_tokens, 1, integer=True)
         check_model(model, processing_class, adapter, init_kwargs)
         self.tokenizer = load_tokenizer(model, processing_class, init_kwargs)
@@ -198,6 +207,8 @@ class _PooledHiddenState(Encoder):
         self.model = model
         config = base_model(model).config.get_text_config()
         positions = getattr(config, "max_position_embeddings", None) or -1
+        if max_length is None:
+            max_length = min(positions, 512) if positions > 0 else 512
         if 0 < positions < max_length:
             raise ValueError(f"`max_length={max_length}`, but the model reads {positions} tokens at most. Lower it.")
         self.latent_dim = config.hidden_size
@@ -255,8 +266,9 @@ class SentenceEncoder(_PooledHiddenState):
             Whether the prompt is read too; not with `pooling="cls"`, of a token that belongs to the prompt as well.
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
             Tokenizer; the model's by default.
-        max_length (`int`, *optional*, defaults to `512`):
-            Most tokens; of longer answers the first ones are read (see `token_ids` for prompts).
+        max_length (`int`, *optional*):
+            Most tokens, 512 by default, or the model's context if that is shorter; of longer answers the first ones are read
+            (see `token_ids` for prompts).
         batch_tokens (`int`, *optional*, defaults to `8192`):
             Most tokens of a batch, padding included; bounds the memory.
         dtype (`str`, *optional*):
@@ -284,7 +296,7 @@ class SentenceEncoder(_PooledHiddenState):
         pooling: str = "mean",
         with_prompt: bool = False,
         processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
-        max_length: int = 512,
+        max_length: int | None = None,
         batch_tokens: int = 8192,
         dtype: str | torch.dtype | None = None,
         model_init_kwargs: dict[str, Any] | None = None,
@@ -333,8 +345,8 @@ class PolicyHiddenState(_PooledHiddenState):
             adapter, and is given back as it was.
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
             Tokenizer; the model's by default.
-        max_length (`int`, *optional*, defaults to `512`):
-            Most tokens of prompt and answer; see `token_ids`.
+        max_length (`int`, *optional*):
+            Most tokens of prompt and answer, 512 by default, or the model's context if that is shorter; see `token_ids`.
         batch_tokens (`int`, *optional*, defaults to `8192`):
             Most tokens of a batch, padding included; bounds the memory.
         adapter (`str`, *optional*):
@@ -361,7 +373,7 @@ class PolicyHiddenState(_PooledHiddenState):
         model: str | PreTrainedModel | PeftModel,
         *,
         processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
-        max_length: int = 512,
+        max_length: int | None = None,
         batch_tokens: int = 8192,
         adapter: str | None = None,
         model_init_kwargs: dict[str, Any] | None = None,

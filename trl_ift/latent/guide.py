@@ -415,8 +415,8 @@ class LatentGuide(Encoder):
             batch_tokens: Most tokens of a batch.
 
         Raises:
-            ValueError: The folder holds no guide, or one whose tokenizer or weights do not match its config. (A guide whose
-                check says that its codes collapsed is loaded with a warning.)
+            ValueError: The folder holds no guide, or one whose tokenizer or weights do not match its config. (Of a folder with
+                the check of its training, which says that the codes collapsed, a guide is loaded with a warning.)
         """
         source = os.path.expanduser(os.fspath(source))
         options = {} if revision is None else {"revision": revision}

@@ -17,13 +17,14 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from datasets import Dataset, Features, List, Value
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     ProcessorMixin,
@@ -46,13 +47,13 @@ from ..checks import (
 from ..data.caching import versioned
 from ..data.fingerprint import model_fingerprint
 from ..data.inference import load_tokenizer, tokenizer_digest
-from ..data.shards import remove_scratch_files, write_file
+from ..data.shards import remove_scratch_files, wait_until, write_file
 from ..hub.card import library_versions
 from ..scripts.data import load_split
-from ..scripts.train import INPUT_ERRORS, option_strings, parse_options, report_error, unknown_option, usage_error
-from ..stages import as_json, claim, is_main_process, say, train_and_save, training_settings
+from ..scripts.train import INPUT_ERRORS, parse_options, report_error, usage_error
+from ..stages import as_json, claim, is_main_process, last_checkpoint, say, train_and_save, training_settings
 from ..trl_internals import get_config_model_id
-from .encoders import Sample, Tokens, pad_tokens, token_ids
+from .encoders import Sample, cut_tokens, pad_tokens, whole_token_ids
 from .guide import (
     RECONSTRUCT,
     RESULT_FILE,
@@ -272,6 +273,7 @@ def train_guide(
         raise TypeError(f"`args` is a `{type(args).__name__}`; expected `GuideTrainingArguments`.")
     folder = Path(args.output_dir).expanduser()
     args.output_dir = str(folder)
+    encoder, decoder = (os.path.expanduser(m) if isinstance(m, str) else m for m in (encoder, decoder))
     _check_model(encoder, "encoder")
     _check_model(decoder, "decoder")
     init_kwargs = _check_init_kwargs(encoder, decoder, model_init_kwargs)
@@ -287,6 +289,9 @@ def train_guide(
         if tokenizer_digest(encoder_tokenizer) == tokenizer_digest(tokenizer):
             encoder_tokenizer = None
     replacement = _dropout_token(tokenizer, args.word_dropout)
+    done = folder / RESULT_FILE
+    if not done.is_file():
+        last_checkpoint(folder, args.world_size)  # refuses one of another number of processes
     with args.main_process_first(desc="tokenizing"):
         samples = _tokenize(dataset, tokenizer, encoder_tokenizer, args)
     train, held_out = _split(samples, len(dataset), args)
@@ -295,7 +300,6 @@ def train_guide(
     settings = training_settings(args)
     settings |= {name: getattr(args, name) for name in _own_options()}  # `eval_fraction` among them
     settings |= {
-        "processes": args.world_size,
         "rows": len(dataset),
         "answers": len(samples),
         "tokens": _digest(samples),
@@ -305,7 +309,6 @@ def train_guide(
         "decoder_weights": model_fingerprint(guide.decoder),
         "dtypes": [str(part.dtype).removeprefix("torch.") for part in (guide.encoder, guide.decoder)],
     }
-    done = folder / RESULT_FILE
     if is_main_process():
         if folder.is_dir():
             remove_scratch_files(folder)
@@ -349,7 +352,7 @@ def train_guide(
             "versions": library_versions(),
         }
         write_file(done, (json.dumps(as_json(result), indent=2) + "\n").encode())
-    trainer.accelerator.wait_for_everyone()
+    wait_until(done.is_file)  # not by a collective: the check may take longer than those wait
     return guide
 
 
@@ -362,7 +365,7 @@ def _own_options() -> list[str]:
 
 
 def _source_of(model: str | PreTrainedModel) -> str:
-    return os.path.expanduser(model) if isinstance(model, str) else get_config_model_id(model.config)
+    return model if isinstance(model, str) else get_config_model_id(model.config)
 
 
 def _check_init_kwargs(encoder: Any, decoder: Any, init_kwargs: dict[str, Any] | None) -> dict[str, Any]:
@@ -393,7 +396,7 @@ def _check_model(model: Any, name: str) -> None:
 def _check_tokenizer(model: str | PreTrainedModel, processing_class: Any, name: str) -> None:
     """Raise if a model has no tokenizer and none is given, or its folder is missing files."""
     try:
-        check_model_source(os.path.expanduser(model) if isinstance(model, str) else model, processing_class)
+        check_model_source(model, processing_class)
     except ValueError as error:
         argument = "`processing_class`" if name == "decoder" else "`encoder_processing_class`"
         raise ValueError(f"`{name}`: {str(error).replace('`processing_class`', argument)}") from None
@@ -408,11 +411,11 @@ def _load_guide(
     """Load both models, check that they fit the task, and put them together."""
     one = isinstance(encoder, str) and isinstance(decoder, str) and _source_of(encoder) == _source_of(decoder)
     if isinstance(decoder, str):
-        decoder = AutoModelForCausalLM.from_pretrained(os.path.expanduser(decoder), **init_kwargs)
+        decoder = AutoModelForCausalLM.from_pretrained(decoder, **init_kwargs)
     if one:
         encoder = decoder  # its backbone will be copied
     elif isinstance(encoder, str):
-        encoder = AutoModel.from_pretrained(os.path.expanduser(encoder), **init_kwargs)
+        encoder = AutoModel.from_pretrained(encoder, **init_kwargs)
     for name, model in (("encoder", encoder), ("decoder", decoder)):
         if type(model).__module__.startswith("transformers_modules."):
             raise ValueError(
@@ -421,21 +424,8 @@ def _load_guide(
             )
     if decoder.get_output_embeddings() is None:
         raise ValueError(f"`decoder` is a {type(decoder).__name__}; expected a causal language model.")
-    for name, model, length in (
-        ("encoder", encoder, args.max_length),
-        ("decoder", decoder, args.max_length + args.memory_tokens),
-    ):
-        if model.config.is_encoder_decoder:
-            raise ValueError(
-                f"`{name}` is an encoder-decoder model ({model.config.model_type}), which is not supported. Choose a causal "
-                "language model" + (", or an encoder such as BERT." if name == "encoder" else ".")
-            )
-        context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        if context is not None and length > context:
-            memory = f" and `memory_tokens={args.memory_tokens}`" if name == "decoder" else ""
-            raise ValueError(
-                f"`max_length={args.max_length}`{memory} do not fit the {name}, whose context has {context} tokens. Lower them."
-            )
+    _check_config(encoder.config, "encoder", args)
+    _check_config(decoder.config, "decoder", args)
     set_seed(args.seed)  # the initial weights of the projections
     return GuideModel.of(
         encoder,
@@ -445,6 +435,45 @@ def _load_guide(
         variational=args.variational,
         max_length=args.max_length,
     )
+
+
+def _check_config(config: PreTrainedConfig, name: str, args: GuideTrainingArguments) -> None:
+    """Raise if a model of this config cannot be the part of a guide with this name."""
+    if config.is_encoder_decoder:
+        raise ValueError(
+            f"`{name}` is an encoder-decoder model ({config.model_type}), which is not supported. Choose a causal language "
+            "model" + (", or an encoder such as BERT." if name == "encoder" else ".")
+        )
+    memory = args.memory_tokens if name == "decoder" else 0
+    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if context is not None and args.max_length + memory > context:
+        raise ValueError(
+            f"`max_length={args.max_length}`{f' and `memory_tokens={memory}`' if memory else ''} do not fit the {name}, whose "
+            f"context has {context} tokens. Lower them."
+        )
+
+
+def check_sources(
+    encoder: str | None,
+    decoder: str | None,
+    policy: str,
+    tokenizer: PreTrainedTokenizerBase,
+    args: GuideTrainingArguments,
+    init_kwargs: dict[str, Any],
+) -> None:
+    """Raise, before any model is loaded, if no guide of these models (`None`: the policy) can be trained, or used with it."""
+    options = {name: value for name, value in init_kwargs.items() if name != "attn_implementation"}
+    for name, model in (("encoder", encoder), ("decoder", decoder)):
+        if model is not None:
+            _check_tokenizer(model, None, name)
+        _check_config(AutoConfig.from_pretrained(model or policy, **options), name, args)
+    if decoder is not None:
+        found, expected = tokenizer_digest(load_tokenizer(decoder, None, init_kwargs)), tokenizer_digest(tokenizer)
+        if found != expected:
+            raise ValueError(
+                f"The tokenizer of the guide's decoder `{decoder}` ({found}) is not that of the policy ({expected}): "
+                "vocabulary, rules or chat template differ. Choose a decoder that shares it; the encoder may have its own."
+            )
 
 
 def _dropout_token(tokenizer: PreTrainedTokenizerBase, rate: float) -> int:
@@ -539,32 +568,23 @@ def _tokenize_rows(
         for column in columns:
             sample = Sample(rows["prompt"][place], rows[column][place])
             try:
-                tokens = {prefix: token_ids(sample, t, max_length) for prefix, t in tokenizers.items()}
-                cut = [_cut(sample, tokenizers[prefix], max_length, found) for prefix, found in tokens.items()]
+                whole = {prefix: whole_token_ids(sample, tokenizer) for prefix, tokenizer in tokenizers.items()}
             except Exception as error:
                 raise ValueError(
                     f"`dataset`, row {index}: '{column}' cannot be tokenized ({type(error).__name__}: {error}). Mend or drop "
                     f"the row: {sample!s:.200}"
                 ) from error
+            tokens = {prefix: cut_tokens(parts, max_length) for prefix, parts in whole.items()}
             if not all(answer for _, answer in tokens.values()):
                 continue
             found["row"].append(index)
             found["column"].append(column)
             found["length"].append(sum(len(prompt) + len(answer) for prompt, answer in tokens.values()))
-            found["cut"].append([any(parts) for parts in zip(*cut, strict=True)])
+            found["cut"].append([any(len(whole[p][i]) > len(tokens[p][i]) for p in tokens) for i in range(2)])
             for prefix, (prompt, answer) in tokens.items():
                 found[f"{prefix}prompt_ids"].append(prompt)
                 found[f"{prefix}answer_ids"].append(answer)
     return found
-
-
-def _cut(sample: Sample, tokenizer: PreTrainedTokenizerBase, max_length: int, tokens: Tokens) -> tuple[bool, bool]:
-    """Whether tokens of the prompt and of the answer were cut off."""
-    prompt, answer = tokens
-    if len(prompt) < max_length // 2 and len(prompt) + len(answer) < max_length:
-        return False, False
-    whole_prompt, whole_answer = token_ids(sample, tokenizer, None)
-    return len(whole_prompt) > len(prompt), len(whole_answer) > len(answer)
 
 
 def _split(samples: Dataset, rows: int, args: GuideTrainingArguments) -> tuple[Dataset, Dataset]:
@@ -784,7 +804,8 @@ def make_parser() -> TrlParser:
         prog=PROG,
         usage=f"{PROG} --encoder ID [--decoder ID] --dataset_name NAME --output_dir DIR [--config FILE] [options]",
         description="Train the guiding model of LD-Align: an encoder of answers into codes, whose distances weigh pairs, and a "
-        "decoder that rebuilds them. Data: prompt-completion, or preference (chosen: real, rejected: generated). An "
+        "decoder that rebuilds them. Confirmed by the paper: a latent space learnt by reconstruction; the architecture and all "
+        "defaults are our choices. Data: prompt-completion, or preference (chosen: real, rejected: generated). An "
         "interrupted run goes on when the same command is given again. Paper: https://huggingface.co/papers/2404.06390",
         epilog=f"Options beside those of transformers.TrainingArguments: {', '.join(f'--{name}' for name in _own_options())}.",
         allow_abbrev=False,
@@ -794,18 +815,8 @@ def make_parser() -> TrlParser:
 
 
 def _parse(argv: Sequence[str]) -> tuple[GuideScriptArguments, GuideTrainingArguments]:
-    parser = make_parser()
     argv = [part for token in argv for part in (token.split("=", 1) if token.startswith("--config=") else [token])]
-    if "--config" in argv[:-1]:
-        file = argv[argv.index("--config") + 1]
-        config = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
-        if not isinstance(config, dict):
-            raise ValueError(f"`--config {file}`: expected `option: value` lines, found {type(config).__name__}.")
-        known = option_strings(parser)
-        for name in config:
-            if f"--{name}" not in known and name != "env":
-                usage_error(PROG, f"in {file}: {unknown_option(f'--{name}', known)}")
-    script_args, args = parse_options(parser, argv, PROG)
+    script_args, args = parse_options(make_parser(), argv, PROG, launched=False)
     return script_args, args
 
 

@@ -2,7 +2,6 @@
 
 encode_dataset        codes of one answer a row, as a folder of shards that outlive any interruption
 load_codes            reads such a folder back
-weigh_codes           distances and weights of pairs of codes
 pair_distances        distances of the pairs of a dataset; exactly 0 where both answers are the same text
 weigh_pairs           pairs with `latent_distance` and `weight`, as a folder; `trl-ift weigh` on the command line
 load_weighted_pairs   reads such a folder back
@@ -29,6 +28,7 @@ import torch
 from accelerate import PartialState
 from datasets import Dataset, load_dataset
 from tqdm import tqdm
+from transformers import AutoTokenizer
 from trl import ModelConfig, get_quantization_config
 
 from ..checks import check_choice, check_quantization, check_range
@@ -37,7 +37,7 @@ from ..data.scoring import row_hash
 from ..data.shards import (
     MANIFEST,
     check_manifest,
-    differing_versions,
+    claim_shards,
     read_manifest,
     remove_scratch_files,
     wait_until,
@@ -45,12 +45,14 @@ from ..data.shards import (
     write_manifest,
 )
 from ..hub.card import library_versions
+from ..preference.collator import WEIGHT
 from ..scripts.data import load_split
 from ..scripts.tools import add_dataset_options, run_tool
 from ..scripts.train import usage_error
 from ..stages import as_json, is_main_process
 from .encoders import POOLINGS, Encoder, PolicyHiddenState, Sample, SentenceEncoder, text_of
 from .weights import (
+    DISTANCE_COLUMN,
     DISTANCES,
     NORMALIZATIONS,
     WeightNormalizer,
@@ -61,7 +63,7 @@ from .weights import (
 )
 
 
-DISTANCE_COLUMN, WEIGHT_COLUMN = "latent_distance", "weight"
+WEIGHT_COLUMN = WEIGHT.name
 PAIRS_FILE = "pairs.parquet"
 _CODES_FORMAT, _PAIRS_FORMAT = "codes-1", "weighted-pairs-1"
 # Below this share of pairs that the weights are worth, and above this rank correlation with lengths, a warning is given
@@ -120,7 +122,11 @@ def encode_dataset(
     process, processes = (state.process_index, state.num_processes) if output_dir is not None else (0, 1)
     folder = None if output_dir is None else Path(output_dir).expanduser()
     if folder is not None:
-        _claim(folder, settings)
+        check_manifest(folder, _CODES_FORMAT, settings, "codes")
+        _make(folder)
+        manifest = {"format": _CODES_FORMAT, "settings": settings, "versions": library_versions()}
+        claim_shards(folder, manifest, "codes")
+        check_manifest(folder, _CODES_FORMAT, settings, "codes")  # of another job that has started at the same time
     starts = range(0, len(dataset), shard_size)
     own = [(shard, range(start, min(start + shard_size, len(dataset)))) for shard, start in enumerate(starts)]
     own = own[process::processes]
@@ -212,45 +218,7 @@ def _write_shard(path: Path, codes: np.ndarray, rows: range) -> None:
     write_file(path, buffer.getvalue())
 
 
-def _claim(folder: Path, settings: dict[str, Any]) -> None:
-    """Write the manifest of codes, or, where there is one, compare with it."""
-    check_manifest(folder, _CODES_FORMAT, settings, "codes")
-    _make(folder)
-    versions = library_versions()
-    manifest = {"format": _CODES_FORMAT, "settings": settings, "versions": versions}
-    write_manifest(folder, manifest, keep_existing=True)
-    check_manifest(folder, _CODES_FORMAT, settings, "codes")  # of another job that has started at the same time
-    if differing := differing_versions(read_manifest(folder)["versions"], versions):
-        warnings.warn(
-            f"The first codes in '{folder}' were made with {differing}: the rest may not be what an uninterrupted run would "
-            "have given."
-        )
-
-
 # ---------------------------------------------------------------- weights
-
-
-def weigh_codes(
-    chosen_codes: np.ndarray,
-    rejected_codes: np.ndarray,
-    distance: str = "l2",
-    weight_normalization: str = "mean",
-    weight_clip: tuple[float, float] | None = None,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Distances and weights of pairs of codes, both float64, (N,); the weights are normalised over all of them.
-
-    Args:
-        chosen_codes: Codes of the chosen answers, (N, D).
-        rejected_codes: Codes of the rejected ones, (N, D).
-        distance: See [`~trl_ift.latent.weights.latent_distance`].
-        weight_normalization: See [`~trl_ift.latent.weights.WeightNormalizer`].
-        weight_clip: Smallest and largest weight.
-
-    Raises:
-        ValueError: The shapes do not match, a code is not finite, or an option is unknown.
-    """
-    distances = latent_distance(chosen_codes, rejected_codes, distance)
-    return distances, WeightNormalizer.fit(distances, weight_normalization, weight_clip)(distances)
 
 
 def pair_distances(
@@ -444,6 +412,17 @@ def _check_result(folder: Path | None, settings: dict[str, Any], overwrite: bool
         ) from None
 
 
+def describe_weights(summary: Mapping[str, Any], pairs: int) -> str:
+    """How the weights of pairs are spread, in a sentence or two."""
+    correlation = summary["length_correlation"]
+    return (
+        f"{pairs} pairs. Weights: mean {summary['mean']:.4g}, standard deviation {summary['std']:.4g}, from "
+        f"{summary['min']:.4g} to {summary['max']:.4g}, median {summary['median']:.4g}; {summary['zeros']:.1%} are 0.\n"
+        f"Effective sample size {summary['effective_sample_size']:.1f} ({summary['effective_share']:.1%} of the pairs); rank "
+        f"correlation with the difference in length {'unknown' if correlation is None else f'{correlation:.2f}'}."
+    )
+
+
 def warn_of_weights(summary: Mapping[str, Any], pairs: int) -> None:
     """Warn of weights that are hardly any good."""
     if summary["max"] == 0:
@@ -572,7 +551,9 @@ def make_parser(prog: str = "trl-ift weigh") -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=prog,
         description="Weight pairs by the distance of their answers in a latent space, for LD-Align and for every method that "
-        "reads the column `weight`. An interrupted run goes on where it was when the same command is given again.",
+        "reads the column `weight`. Confirmed by the paper: that such a distance weighs a pair; encoder, distance, "
+        "normalisation and defaults are our choices. An interrupted run goes on where it was when the same command is given "
+        "again.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
@@ -597,12 +578,17 @@ def make_parser(prog: str = "trl-ift weigh") -> argparse.ArgumentParser:
     add("--dtype", choices=("auto", "bfloat16", "float16", "float32"), help="dtype of the encoder")
     add("--batch_tokens", type=int, help="most tokens of a batch; bounds the memory")
     add("--trust_remote_code", action="store_true", help="run code that comes with the encoder")
-    add("--distance", choices=DISTANCES, default=signature["distance"].default, help="distance of two codes")
+    add(
+        "--distance",
+        choices=DISTANCES,
+        default=signature["distance"].default,
+        help="distance of two codes (our choice)",
+    )
     add(
         "--weight_normalization",
         choices=NORMALIZATIONS,
         default=signature["weight_normalization"].default,
-        help="how distances become weights",
+        help="how distances become weights (our choice)",
     )
     add("--weight_clip", nargs="+", metavar=("MIN", "MAX"), help="smallest and largest weight")
     add(
@@ -683,12 +669,25 @@ def _load_pairs(args: argparse.Namespace) -> Dataset:
     from ..data.generation import load_completions
     from ..data.pairs import build_pairs
 
-    completions = load_completions(args.completions)
-    tokenizer = args.tokenizer or read_manifest(args.completions)["model"]
-    return build_pairs(dataset, completions, processing_class=tokenizer, drop_truncated=args.drop_truncated)
+    load_completions(args.completions)  # refuses a folder without, or with some of them
+    return build_pairs(
+        dataset, args.completions, processing_class=_tokenizer_of(args), drop_truncated=args.drop_truncated
+    )
+
+
+def _tokenizer_of(args: argparse.Namespace) -> str:
+    """Where to load the tokenizer of the pairs that are built."""
+    return args.tokenizer or read_manifest(args.completions)["model"]
 
 
 def _load_encoder(kind: str, args: argparse.Namespace) -> Encoder:
+    encoder = _make_encoder(kind, args)
+    if args.completions is not None:
+        encoder.check_tokenizer(AutoTokenizer.from_pretrained(_tokenizer_of(args)))
+    return encoder
+
+
+def _make_encoder(kind: str, args: argparse.Namespace) -> Encoder:
     name = os.path.expanduser(getattr(args, kind))
     names = ("adapter", "pooling", "with_prompt", "max_length", "batch_tokens")
     options = {option: getattr(args, option) for option in names if _is_given(args, option)}
@@ -709,15 +708,7 @@ def _load_encoder(kind: str, args: argparse.Namespace) -> Encoder:
 
 def _print_summary(folder: str, pairs: Dataset) -> None:
     """Print how the weights are spread, and the nearest and farthest pair."""
-    summary = read_manifest(Path(folder).expanduser())["weight_summary"]
-    print(
-        f"{len(pairs)} pairs. Weights: mean {summary['mean']:.4g}, standard deviation {summary['std']:.4g}, from "
-        f"{summary['min']:.4g} to {summary['max']:.4g}, median {summary['median']:.4g}; {summary['zeros']:.1%} are 0.\n"
-        f"Effective sample size {summary['effective_sample_size']:.1f} ({summary['effective_share']:.1%} of the pairs); rank "
-        "correlation with the difference in length "
-        + ("unknown" if summary["length_correlation"] is None else f"{summary['length_correlation']:.2f}")
-        + "."
-    )
+    print(describe_weights(read_manifest(Path(folder).expanduser())["weight_summary"], len(pairs)))
     distances = np.array(pairs[DISTANCE_COLUMN][:])
     different = np.where(distances > 0, distances, np.inf)
     for what, row in (("Nearest", int(different.argmin())), ("Farthest", int(distances.argmax()))):

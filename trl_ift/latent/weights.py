@@ -19,6 +19,7 @@ from ..checks import check_choice, check_range
 # Rows that are compared at a time: codes are float32, and their differences float64
 _CHUNK = 4096
 
+DISTANCE_COLUMN = "latent_distance"
 DISTANCES = ("l2", "sq_l2", "cosine")
 NORMALIZATIONS = ("mean", "max", "minmax", "sigmoid", "none")
 
@@ -69,7 +70,8 @@ class WeightNormalizer:
 
     `"mean"` d / mean(d), so that the average weight is 1; `"max"` d / max(d); `"minmax"` (d - min) / (max - min); `"sigmoid"`
     sigma((d - mean) / std) with the standard deviation of the population; `"none"` d itself. Where all distances are equal,
-    `"minmax"` gives 0 and `"sigmoid"` 1/2; where all are 0, `"mean"` and `"max"` give 0.
+    `"minmax"` gives 0 and `"sigmoid"` 1/2; where all are 0, `"mean"` and `"max"` give 0. Of smaller distances than it was
+    fitted on `"minmax"` gives 0.
 
     Attributes:
         normalization: One of `NORMALIZATIONS`.
@@ -114,6 +116,8 @@ class WeightNormalizer:
         weights = (np.asarray(distances, dtype=np.float64) - self.shift) / self.scale
         if self.normalization == "sigmoid":
             weights = np.exp(-np.logaddexp(0, -weights))
+        elif self.normalization == "minmax":
+            weights = np.maximum(weights, 0.0)  # of distances below those that it was fitted on
         return weights if self.clip is None else np.clip(weights, *self.clip)
 
 

@@ -27,13 +27,13 @@ import torch
 from datasets import Dataset
 
 from ..checks import check_choice
-from ..latent.weights import NORMALIZATIONS, WeightNormalizer, check_clip
+from ..latent.weights import DISTANCE_COLUMN, NORMALIZATIONS, WeightNormalizer, check_clip
 from .collator import WEIGHT, Column
 from .spin import SPINConfig, SPINTrainer
 from .trainer import PreferenceBatch
 
 
-DISTANCE = Column("latent_distance", low=0.0)
+DISTANCE = Column(DISTANCE_COLUMN, low=0.0)
 
 
 @dataclass
@@ -56,11 +56,14 @@ class LDAlignConfig(SPINConfig):
     weight_normalization: str | None = field(
         default=None,
         metadata={
-            "help": "How weights are made from the column 'latent_distance'. Default: the column 'weight', or 'mean'.",
+            "help": "How weights are made from the column 'latent_distance' (our choice). Default: the column 'weight', or "
+            "'mean'.",
             "choices": list(NORMALIZATIONS),
         },
     )
-    weight_clip: list[float] | None = field(default=None, metadata={"help": "Smallest and largest weight of a pair."})
+    weight_clip: list[float] | None = field(
+        default=None, metadata={"help": "Smallest and largest weight of a pair (our choice)."}
+    )
 
     def __post_init__(self):
         if self.weight_normalization is not None:
@@ -74,7 +77,8 @@ class LDAlignTrainer(SPINTrainer):
 
     The training data have `latent_distance` (float >= 0) or `weight` (float >= 0), or both;
     [`~trl_ift.latent.weigh_pairs`] adds them to pairs. Weights are computed once, from the rows that are trained. Evaluation
-    data need neither; their distances are normalised with the constants of the training data.
+    data need neither. They are weighed as the training data are: by their distances, normalised with the constants of these, or
+    by their column `weight`. Those without that column are not, whatever the other one says.
 
     Example:
 
@@ -142,8 +146,8 @@ class LDAlignTrainer(SPINTrainer):
         if self._weighing is None:
             self._weighing = self._fit(prepared, args)
         source, normalizer = self._weighing
-        if source not in next(iter(prepared)):  # evaluation data without weights
-            return prepared
+        if source not in (row := next(iter(prepared))):  # evaluation data; weights of another origin are none
+            return prepared.remove_columns([WEIGHT.name]) if WEIGHT.name in row else prepared
         if not isinstance(prepared, Dataset):
             return prepared.map(_weigh_row, fn_kwargs={"source": source, "normalizer": normalizer})
         weights = normalizer(prepared.with_format("numpy")[source][:])

@@ -13,11 +13,22 @@ from trl_ift.scripts.train import INPUT_ERRORS, model_init_kwargs, parse_options
 from trl_ift.stages import is_main_process
 
 
+# What of a method is its paper's
+_ORIGIN = {
+    "spin": "Confirmed by the paper and its code: the loss, the iterations, and their defaults but those marked as our choice.",
+    "ld-align": "Confirmed by the paper: a distance in a latent space learnt by reconstruction weighs the pair in a loss based "
+    "on DPO; encoder, distance, normalisation and defaults are our choices.",
+}
+
+
 def make_parser(method: Method, prog: str | None = None) -> Any:
     """Return the `TrlParser` of `method`: the options of its training, of the iterations and of the distances."""
     from trl_ift.self_play import LatentConfig, SelfPlayConfig
 
-    return train.make_parser(method, prog, [SelfPlayConfig, *([LatentConfig] if method.name == "ld-align" else [])])
+    more = [SelfPlayConfig, *([LatentConfig] if method.name == "ld-align" else [])]
+    parser = train.make_parser(method, prog, more)
+    parser.description += f" {_ORIGIN[method.name]}"
+    return parser
 
 
 def main(

@@ -179,10 +179,11 @@ def parse(method: Method, argv: list[str], prog: str) -> tuple[Any, Any, Any, An
     return parse_options(make_parser(method, prog), argv, prog)
 
 
-def parse_options(parser: Any, argv: list[str], prog: str) -> tuple[Any, ...]:
-    """Parse the options of a launched script, refusing unknown ones. On a machine without accelerator the CPU is the default.
+def parse_options(parser: Any, argv: list[str], prog: str, launched: bool = True) -> tuple[Any, ...]:
+    """Parse the options of a script, refusing unknown ones. On a machine without accelerator the CPU is the default.
 
-    The second dataclass of the parser is the config of the training.
+    The second dataclass of the parser is the config of the training. Unless the script is `launched` by accelerate, options of
+    that are unknown too.
     """
     import torch
     from accelerate.commands.launch import launch_command_parser
@@ -195,7 +196,7 @@ def parse_options(parser: Any, argv: list[str], prog: str) -> tuple[Any, ...]:
         argv, return_remaining_strings=True, separate_remaining_strings=True
     )
     # Keys of the YAML file may be meant for `accelerate launch`, which has read them by now
-    launch_options = option_strings(launch_command_parser()) | {"--accelerate_config"}
+    launch_options = option_strings(launch_command_parser()) | {"--accelerate_config"} if launched else set()
     unknown = [*(token for token in from_config[::2] if token not in launch_options), *from_argv]
     if unknown:
         usage_error(prog, unknown_option(unknown[0], option_strings(parser) | launch_options))
