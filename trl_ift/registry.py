@@ -21,6 +21,7 @@ class Method:
         data: Dataset types it trains on, in TRL's words.
         paper: arXiv id.
         summary: What it is for, in one clause.
+        kind: What the study makes of preference pairs for it; see `trl_ift.study.methods`.
         script: Script of `scripts/` behind its command.
     """
 
@@ -32,6 +33,7 @@ class Method:
     data: str
     paper: str
     summary: str
+    kind: str = "pairs"
     script: str = "train.py"
 
     @property
@@ -45,13 +47,13 @@ class Method:
 
 # fmt: off
 METHODS = (
-    Method("ift", "Intuitive Fine-Tuning", "trl_ift.supervised.ift", "IFTTrainer", "IFTConfig", "language modeling, prompt-completion", "2405.11870", "alignment from SFT data: no pairs, no reference model"),  # noqa: E501
+    Method("ift", "Intuitive Fine-Tuning", "trl_ift.supervised.ift", "IFTTrainer", "IFTConfig", "language modeling, prompt-completion", "2405.11870", "alignment from SFT data: no pairs, no reference model", "sft"),  # noqa: E501
     Method("dpo", "Direct Preference Optimization", "trl_ift.preference.trainer", "PreferenceTrainer", "PreferenceConfig", "preference", "2305.18290", "TRL's DPO losses with row weights and the right reference; base of the methods below"),  # noqa: E501
     Method("davir-dpo", "DavIR-DPO", "trl_ift.preference.davir_dpo", "DavIRDPOTrainer", "DavIRDPOConfig", "preference", "2310.13008", "DPO with each reward divided by the size of the response's reference log-prob, against effects of length"),  # noqa: E501
-    Method("mpo", "Maximum Preference Optimization", "trl_ift.preference.mpo", "MPOTrainer", "MPOConfig", "preference, and samples of the starting model", "2312.16430", "bounded preference loss with a KL term that acts outside the pairs; no reference model"),  # noqa: E501
-    Method("spin", "Self-Play fIne-tuNing", "trl_ift.preference.spin", "SPINTrainer", "SPINConfig", "prompt-completion (the trainer: preference, with the model's own answers rejected)", "2401.01335", "alignment from SFT data: the answers against those that the model itself generates, in iterations", "self_play.py"),  # noqa: E501
-    Method("ld-align", "LD-Align", "trl_ift.preference.ld_align", "LDAlignTrainer", "LDAlignConfig", "prompt-completion (the trainer: preference, and latent distances or weights)", "2404.06390", "SPIN with each pair weighted by the distance of its answers in a latent space", "self_play.py"),  # noqa: E501
-    Method("tpo", "Triple Preference Optimization", "trl_ift.preference.tpo", "TPOTrainer", "TPOConfig", "triples (gold, chosen, rejected)", "2405.16681", "SFT and preference optimisation in one stage; no reference model"),  # noqa: E501
+    Method("mpo", "Maximum Preference Optimization", "trl_ift.preference.mpo", "MPOTrainer", "MPOConfig", "preference, and samples of the starting model", "2312.16430", "bounded preference loss with a KL term that acts outside the pairs; no reference model", "samples"),  # noqa: E501
+    Method("spin", "Self-Play fIne-tuNing", "trl_ift.preference.spin", "SPINTrainer", "SPINConfig", "prompt-completion (the trainer: preference, with the model's own answers rejected)", "2401.01335", "alignment from SFT data: the answers against those that the model itself generates, in iterations", "self-play", "self_play.py"),  # noqa: E501
+    Method("ld-align", "LD-Align", "trl_ift.preference.ld_align", "LDAlignTrainer", "LDAlignConfig", "prompt-completion (the trainer: preference, and latent distances or weights)", "2404.06390", "SPIN with each pair weighted by the distance of its answers in a latent space", "self-play", "self_play.py"),  # noqa: E501
+    Method("tpo", "Triple Preference Optimization", "trl_ift.preference.tpo", "TPOTrainer", "TPOConfig", "triples (gold, chosen, rejected)", "2405.16681", "SFT and preference optimisation in one stage; no reference model", "triples"),  # noqa: E501
 )
 # fmt: on
 

@@ -159,10 +159,25 @@ def sequence_log_probs(
 
     Nothing predicts the first token, so that its label is not read. Sums are float64. Call it within `lent(model)`.
     """
+    log_probs = [0.0] * len(sequences)
+    for index, values in token_log_probs(model, sequences, batch_tokens, pad_id):
+        log_probs[index] = values.sum(dtype=torch.float64).item()
+    return log_probs
+
+
+def token_log_probs(
+    model: PreTrainedModel | PeftModel,
+    sequences: Sequence[tuple[list[int], list[int]]],
+    batch_tokens: int,
+    pad_id: int,
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """Yield the index of each sequence and the log-probability of its tokens but the first, float32, 0 without a label.
+
+    Shape (length - 1,) or longer, with zeros behind. Call it within `lent(model)`.
+    """
     # Adapters are layers of it. The forward around it may be a trainer's, in mixed precision.
     model = base_model(model)
     lengths = [len(ids) for ids, _ in sequences]
-    log_probs = [0.0] * len(sequences)
     for batch in batches(lengths, batch_tokens, LIKE):
         shape = (len(batch), lengths[batch[0]])
         ids, labels = torch.full(shape, pad_id), torch.full(shape, -100)
@@ -173,6 +188,4 @@ def sequence_log_probs(
         output = model(
             input_ids=ids.to(model.device), labels=labels.to(model.device), fused_lm_head=True, use_cache=False
         )
-        for index, value in zip(batch, output.log_probs.sum(1, dtype=torch.float64).tolist(), strict=True):
-            log_probs[index] = value
-    return log_probs
+        yield from zip(batch, output.log_probs.cpu(), strict=True)

@@ -10,16 +10,15 @@ and the answer of a reply is the last number in it, so that any way of answering
 
 import hashlib
 import re
-from decimal import Decimal
 from importlib.util import find_spec
 from typing import TypedDict
+
+from ..data.answers import extract_answer
 
 
 DATASET = "reasoning-gym chain_sum"
 OPTIONS = {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 2}
 
-# A minus between two operands ("10-3") is no sign
-_NUMBER = re.compile(r"(?:(?<![\d)])-)?\d+(?:,\d{3}(?!\d))*(?:\.\d+)?")
 _EXPRESSION = re.compile(r"-?\d+(?: [+-] \d+)+")
 
 
@@ -80,15 +79,6 @@ def worked_reply(question: str) -> str:
         lines.append(f"{total} {sign} {term} = {result}")
         total = result
     return "\n".join(lines)
-
-
-def extract_answer(reply: str) -> str | None:
-    """Return the last number of a reply in plain form (`"1,204.0"` is `"1204"`), or `None`."""
-    numbers = _NUMBER.findall(reply.replace("\u2212", "-"))
-    if not numbers:
-        return None
-    number = Decimal(numbers[-1].replace(",", ""))
-    return str(int(number)) if number == int(number) else str(number)
 
 
 def is_right(reply: str, answer: str) -> bool:

@@ -848,6 +848,17 @@ def tokenize_response(
         response = response[len(prompt) :]
     if _is_blank(response):
         return {branch.rows_column: [{"prompt_ids": row["prompt_ids"], "completion_ids": []}]}
+    prompt_ids, completion_ids = prompt_and_response_ids(
+        row | {"prompt": prompt}, response, processing_class, eos_token
+    )
+    return {branch.rows_column: [{"prompt_ids": prompt_ids, "completion_ids": completion_ids}]}
+
+
+def prompt_and_response_ids(
+    row: dict[str, Any], response: Any, processing_class: Any, eos_token: str
+) -> tuple[list[int], list[int]]:
+    """Token ids of the row's prompt and of a response to it, as TRL's preference trainers make them, with the end token."""
+    prompt = row["prompt"]
     options: dict[str, Any] = {}
     if is_conversational({"prompt": prompt}):
         tools = row.get("tools")
@@ -859,7 +870,7 @@ def tokenize_response(
         response = response if response.endswith(eos_token) else response + eos_token
     ids = tokenize(processing_class, prompt + response, **options)["input_ids"]
     start = common_prefix_length(prompt_ids, ids)
-    return {branch.rows_column: [{"prompt_ids": ids[:start], "completion_ids": ids[start:]}]}
+    return ids[:start], ids[start:]
 
 
 def _why_dropped(row: dict[str, Any], branches: list[str], eos_token: str, max_length: int | None) -> str | None:

@@ -1,0 +1,917 @@
+"""The study: its file, its grid, its cells, and the traps of comparing TRL's trainers."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import study_killed
+import torch
+import yaml
+from datasets import Dataset
+from study import read_rows, settings, write_inputs, write_rows
+from trl import KTOConfig, KTOTrainer
+
+from trl_ift.cli import main
+from trl_ift.registry import METHODS
+from trl_ift.study import run as module
+from trl_ift.study.costs import measure_costs
+from trl_ift.study.evaluate import PARTS, StartScores, evaluate_part, forward_kl, is_right, pair_measures
+from trl_ift.study.measures import Measure, mean_of
+from trl_ift.study.methods import KNOWN, as_chat, get_study_method, training_rows, unpaired_rows
+from trl_ift.study.plan import Study, StudyError
+from trl_ift.study.run import collect_results, load_trained, make_trainer, print_commands, run_cell, run_study
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory, tokenizer):
+    return write_inputs(tmp_path_factory.mktemp("inputs"), tokenizer)
+
+
+@pytest.fixture(scope="module")
+def finished(inputs, tmp_path_factory):
+    """A study that was run to its end, and its results."""
+    study = Study(settings(inputs, tmp_path_factory.mktemp("study") / "out"))
+    return study, run_study(study)
+
+
+def by_label(results, start="plain", size=16):
+    return {c["method"]: c for c in results["cells"] if c["start"] == start and c["size"] in (size, 0)}
+
+
+def values(cell):
+    return {name: measure["value"] for name, measure in cell["measures"].items()}
+
+
+# ---------------------------------------------------------------- methods
+
+
+def test_every_registered_method_is_known():
+    assert {method.name for method in METHODS} <= set(KNOWN)
+    assert {"sft", "dpo", "ipo", "kto", "cpo", "orpo", "simpo"} <= set(KNOWN)
+    for method in KNOWN.values():
+        assert method.trainer_class.__name__ == method.trainer
+        assert method.config_class.__name__ == method.config
+
+
+def test_unknown_method():
+    with pytest.raises(ValueError, match=r"Unknown method 'dpoo'. Did you mean 'dpo'\? Known methods: sft, "):
+        get_study_method("dpoo")
+
+
+def pairs(prompts, each=1):
+    return [
+        {"prompt": f"p{i}", "chosen": f"c{i}-{k}", "rejected": f"r{i}-{k}"}
+        for i in range(prompts)
+        for k in range(each)
+    ]
+
+
+class TestUnpairedRows:
+    @pytest.mark.parametrize(("prompts", "each", "batch"), [(20, 1, 8), (17, 3, 8), (9, 2, 4), (40, 5, 16), (5, 1, 4)])
+    def test_labels_and_neighbours(self, prompts, each, batch):
+        rows = pairs(prompts, each)
+        found = unpaired_rows(rows, batch, seed=3)
+        assert sorted(r["completion"] for r in found) == sorted(r[k] for r in rows for k in ("chosen", "rejected"))
+        assert all(row["label"] == row["completion"].startswith("c") for row in found)
+        for first in range(0, len(found), batch):
+            part = found[first : first + batch]
+            assert {row["label"] for row in part} == {True, False}
+            # The KL partner of a row is the answer before it, in the circle of its batch
+            assert all(row["prompt"] != before["prompt"] for row, before in zip(part, [part[-1], *part], strict=False))
+
+    def test_seed(self):
+        rows = pairs(20)
+        assert unpaired_rows(rows, 8, 0) == unpaired_rows(rows, 8, 0) != unpaired_rows(rows, 8, 1)
+
+    def test_too_few_prompts(self):
+        with pytest.raises(
+            ValueError, match="6 pairs of 1 prompts cannot be ordered so that no two answers of one prompt"
+        ):
+            unpaired_rows(pairs(1, 6), 4, 0)
+
+    def test_left_to_itself_trl_makes_batches_of_one_label(self, inputs, tmp_path):
+        """The trap that `unpaired_rows` is for; when TRL mends it, this says so."""
+        args = KTOConfig(str(tmp_path), per_device_train_batch_size=4, use_cpu=True, bf16=False, report_to="none")
+        data = Dataset.from_list(pairs(8))
+        labels = KTOTrainer(inputs["model"], args=args, train_dataset=data).train_dataset["label"]
+        assert list(labels) == [True] * 8 + [False] * 8
+
+    def test_the_trainer_keeps_the_order(self, inputs, tmp_path):
+        study = Study(settings(inputs, tmp_path))
+        arm, start = study.arms["kto"], study.starts["plain"]
+        config = study.config(arm, 16, 0, str(tmp_path))
+        assert config.per_device_train_batch_size == 8  # rows: 4 pairs
+        data = training_rows("unpaired", study.rows_of(start, 16, 0), 4, 0)
+        trainer = make_trainer(study, start, arm.method, start.model, config, data)
+        for batch in trainer.get_train_dataloader():
+            assert batch["label"][::2] == [True] * 4 or list(batch["label"][::2]) == [True] * 4
+            assert not any(batch["label"][1::2])
+
+
+def test_cpo_sees_the_prompts_that_dpo_sees(inputs, tmp_path):
+    """TRL's CPO and ORPO would prepend a beginning-of-sequence token that no other trainer has."""
+    from transformers import AutoTokenizer
+
+    folder = tmp_path / "model"
+    tokenizer = AutoTokenizer.from_pretrained(inputs["model"])
+    tokenizer.bos_token = "<|im_start|>"
+    tokenizer.save_pretrained(folder)
+    for file in Path(inputs["model"]).glob("*"):
+        if not (folder / file.name).exists():
+            (folder / file.name).write_bytes(file.read_bytes())
+    study = Study(
+        settings(inputs, tmp_path / "out", starts={"plain": {"model": str(folder)}}, methods=["dpo", "cpo", "orpo"])
+    )
+    start, found = study.starts["plain"], {}
+    for label, arm in study.arms.items():
+        data = training_rows("pairs", study.rows_of(start, 4, 0), 4, 0)
+        config = study.config(arm, 4, 0, str(tmp_path / label))
+        row = make_trainer(study, start, arm.method, start.model, config, data).train_dataset[0]
+        prompt = row["prompt_ids"] if label == "dpo" else row["prompt_input_ids"]
+        whole = prompt + row["chosen_ids"] if label == "dpo" else row["chosen_input_ids"]
+        found[label] = (list(prompt), list(whole))
+    assert found["cpo"] == found["orpo"] == found["dpo"]
+
+
+@pytest.mark.parametrize("label", ["dpo", "ipo", "kto"])
+@pytest.mark.parametrize("peft", [None, {"r": 4}], ids=["full", "lora"])
+def test_the_reference_of_an_sft_start_is_the_sft_model(label, peft, inputs, tmp_path):
+    """Of a model in memory TRL would load the reference from where that model once came from."""
+    study = Study(settings(inputs, tmp_path, methods=[label], peft=peft))
+    start, arm = study.starts["sft"], study.arms[label]
+    source = module.ensure_start(study, start, 0)
+    kind = arm.method.kind
+    config = study.config(arm, 8, 0, str(tmp_path / "model"))
+    config.learning_rate = 0.0
+    data = training_rows(kind, study.rows_of(start, 8, 0), 4, 0)
+    trainer = make_trainer(study, start, arm.method, source, config, data)
+    trainer.train()
+    logged = [e for e in trainer.state.log_history if "rewards/chosen" in e]
+    assert logged
+    assert all(abs(entry[name]) < 1e-5 for entry in logged for name in ("rewards/chosen", "rewards/rejected"))
+    before = load_trained(study, study.starts["plain"], inputs["model"], None)[0].state_dict()
+    after = load_trained(study, start, source, None)[0].state_dict()
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+    if getattr(trainer, "ref_model", None) is not None:
+        reference = trainer.accelerator.unwrap_model(trainer.ref_model).state_dict()
+        assert all(torch.equal(reference[name], after[name]) for name in after)
+
+
+def test_as_chat():
+    row = {"prompt": "Q: Why?\nA:", "chosen": " So.", "rejected": [{"role": "assistant", "content": "x"}]}
+    assert as_chat(row) == {
+        "prompt": [{"role": "user", "content": "Q: Why?\nA:"}],
+        "chosen": [{"role": "assistant", "content": "So."}],
+        "rejected": [{"role": "assistant", "content": "x"}],
+    }
+
+
+# ---------------------------------------------------------------- the plan
+
+
+class TestGrid:
+    def test_subsets_are_nested(self, inputs, tmp_path):
+        study = Study(settings(inputs, tmp_path))
+        assert study.subset(8, 0) == study.subset(16, 0)[:8]
+        assert study.subset(8, 0) != study.subset(8, 1)
+
+    def test_cells(self, inputs, tmp_path):
+        study = Study(settings(inputs, tmp_path, seeds=[0, 1]))
+        cells = study.cells()
+        # 2 starts x 3 methods x 2 sizes x 2 seeds, one untrained start without SFT, two with
+        assert len(cells) == 24 + 3
+        assert len({cell.id for cell in cells}) == len({cell.key for cell in cells}) == 27
+        assert [cell.seed for cell in cells[3:]] == [0] * 12 + [1] * 12  # one seed after another
+
+    def keys(self, inputs, tmp_path, **changes):
+        study = Study(settings(inputs, tmp_path, **changes))
+        return {(c.start.name, c.label, c.size, c.seed): c.key for c in study.cells()}
+
+    def changed(self, inputs, tmp_path, **changes):
+        before, after = self.keys(inputs, tmp_path), self.keys(inputs, tmp_path, **changes)
+        return {cell for cell in before if before[cell] != after.get(cell)}
+
+    def test_what_changes_nothing(self, inputs, tmp_path):
+        base = settings(inputs, tmp_path)
+        training = base["training"] | {
+            "logging_steps": 7,
+            "save_strategy": "steps",
+            "save_steps": 3,
+            "report_to": "none",
+        }
+        assert not self.changed(inputs, tmp_path / "elsewhere")
+        assert not self.changed(inputs, tmp_path, training=training, name="other")
+        assert not self.changed(inputs, tmp_path, evaluation={"pairs": {"rows": 3}})
+        assert not self.changed(
+            inputs, tmp_path, sizes=[8, 16, 24], seeds=[0, 1], methods=["sft", "dpo", "kto", "ipo"]
+        )
+
+    def test_a_method_changes_its_own_cells(self, inputs, tmp_path):
+        methods = {"sft": None, "dpo": {"beta": 0.3}, "kto": None}
+        assert {cell[1] for cell in self.changed(inputs, tmp_path, methods=methods)} == {"dpo"}
+
+    def test_the_sft_of_a_start_changes_its_cells(self, inputs, tmp_path):
+        starts = settings(inputs, tmp_path)["starts"]
+        starts["sft"] = {"model": inputs["model"], "sft": {"rows": 9}}
+        changed = self.changed(inputs, tmp_path, starts=starts)
+        assert {cell[0] for cell in changed} == {"sft"}
+        assert ("sft", "start", 0, 0) in changed
+
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            {"peft": {"r": 8}},
+            {"peft": None},
+            {"model": {"dtype": "bfloat16"}},
+            {"training": {"per_device_train_batch_size": 2, "max_length": 128, "bf16": False}},
+        ],
+    )
+    def test_what_changes_all(self, inputs, tmp_path, changes):
+        assert len(self.changed(inputs, tmp_path, **changes)) >= 12
+
+    def test_data_change_the_subsets_they_are_in(self, inputs, tmp_path):
+        study = Study(settings(inputs, tmp_path))
+        rows = [dict(row) for row in study.rows]
+        last = study.subset(16, 0)[-1]
+        rows[rows.index(last)]["chosen"] = " Something else."
+        data = {"train": write_rows(tmp_path / "other.jsonl", rows), "test": inputs["test"], "sft": inputs["sft"]}
+        assert {cell[2] for cell in self.changed(inputs, tmp_path, data=data)} == {16}
+
+    def test_the_model_is_known_by_its_content(self, inputs, tmp_path):
+        import shutil
+
+        moved = shutil.copytree(inputs["model"], tmp_path / "moved")
+        starts = {"plain": {"model": str(moved)}, "sft": {"model": str(moved), "sft": {"rows": 8}}}
+        assert not self.changed(inputs, tmp_path, starts=starts)
+        weights = next(Path(moved).glob("*.safetensors"))
+        data = bytearray(weights.read_bytes())
+        data[-3] ^= 1
+        weights.write_bytes(bytes(data))
+        assert len(self.changed(inputs, tmp_path, starts=starts)) == 14
+
+    @pytest.mark.parametrize(
+        ("budget", "steps"),
+        [
+            ({"epochs": 1}, {"sft": 4, "dpo": 4, "kto": 4, "tpo": 4}),
+            ({"epochs": 2.5}, {"sft": 10, "dpo": 10, "kto": 10, "tpo": 10}),
+            ({"steps": 7}, {"sft": 7, "dpo": 7, "kto": 7, "tpo": 7}),
+            ({"sequences": 48}, {"sft": 12, "dpo": 6, "kto": 6, "tpo": 4}),
+        ],
+    )
+    def test_budget(self, inputs, tmp_path, budget, steps):
+        """Batches of 4 pairs of 16: a pair is one sequence for SFT, two for DPO and KTO, three for TPO."""
+        study = Study(settings(inputs, tmp_path, methods=list(steps), budget=budget))
+        assert {label: study.steps(arm, 16) for label, arm in study.arms.items()} == steps
+        assert all(study.config(arm, 16, 0, "x").max_steps == steps[label] for label, arm in study.arms.items())
+
+    def test_variables_of_the_environment(self, inputs, tmp_path, monkeypatch):
+        monkeypatch.setenv("STUDY_MODEL", inputs["model"])
+        starts = {"plain": {"model": "${STUDY_MODEL}"}}
+        study = Study(settings(inputs, tmp_path, starts=starts))
+        assert study.starts["plain"].model == inputs["model"]
+        assert study.settings["starts"] == starts
+        monkeypatch.delenv("STUDY_MODEL")
+        with pytest.raises(StudyError, match="the environment variable STUDY_MODEL, which is not set"):
+            Study(settings(inputs, tmp_path, starts=starts))
+
+
+class TestBadInput:
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"methods": ["dpoo"]}, r"Unknown method 'dpoo'. Did you mean 'dpo'\?"),
+            ({"methods": ["dpo", "dpo"]}, "`methods` lists 'dpo' twice"),
+            ({"methods": {"start": None}}, "this name is that of the untrained start"),
+            (
+                {"methods": {"dpo": {"bta": 1}}},
+                r"`methods.dpo.bta` is no option of PreferenceConfig. Did you mean `beta`\?",
+            ),
+            ({"methods": {"dpo": {"beta": -1}}}, "`methods.dpo`: `beta=-1` is out of range"),
+            ({"methods": {"dpo": {"seed": 1}}}, "`methods.dpo.seed` is set by the study itself"),
+            ({"methods": {}}, "lacks `methods:`"),
+            (
+                {"training": {"beta": 0.1}},
+                "`training.beta` is no option of SFTConfig. Options of one method belong under it",
+            ),
+            ({"training": {"max_steps": 3}}, "`training.max_steps` is set by the study itself"),
+            ({"sizes": []}, "must list numbers of preference pairs"),
+            ({"sizes": [0]}, "must list numbers of preference pairs"),
+            ({"sizes": [999]}, r"`sizes` asks for 999 pairs, but `data.train` \(.*\) has 26. Lower it"),
+            ({"sizes": [8, 8]}, "`sizes` lists 8 twice"),
+            ({"budget": {"epochs": 1, "steps": 2}}, "must be one of `epochs`, `steps` and `sequences`"),
+            ({"budget": {"steps": -1}}, "`budget.steps=-1` is out of range"),
+            ({"extra": 1}, "unknown key 'extra'"),
+            ({"evaluation": {"pair": {}}}, r"evaluation: unknown key 'pair'. Did you mean `pairs`\?"),
+            ({"evaluation": {"pairs": {"rows": 99}}}, r"`evaluation.pairs.rows: 99`, but `data.test` .* has 10 rows"),
+            ({"evaluation": {"tasks": [{"name": "x"}]}}, "needs either `data` .* or `reasoning_gym`"),
+            ({"evaluation": {"tasks": [{"name": "a b", "data": "x"}]}}, "expected letters, digits"),
+            ({"evaluation": {"lm_eval": {"tasks": ["no_such_task_at_all"]}}}, "no_such_task_at_all"),
+            ({"evaluation": {"judged": {"judge": "client"}}}, "names no `questions` file"),
+            ({"peft": {"rank": 4}}, "`peft.rank` is no option of LoraConfig"),
+            ({"peft": {"target_modules": ["lm_head"]}}, "'lm_head'"),
+            ({"starts": {"a": {"modl": "x"}}}, r"starts.a: unknown key 'modl'. Did you mean `model`\?"),
+            ({"starts": {"a": {"chat": True}}}, "`starts.a` names no `model`"),
+            ({"model": {"dtyp": "x"}}, r"unknown key 'dtyp'. Did you mean `dtype`\?"),
+        ],
+    )
+    def test_settings(self, inputs, tmp_path, changes, message):
+        with pytest.raises((ValueError, TypeError), match=message):
+            Study(settings(inputs, tmp_path, **changes)).check()
+
+    def test_starts(self, inputs, tmp_path):
+        starts = {"a": {"model": str(tmp_path)}}
+        with pytest.raises(ValueError, match=r"has no `config.json`"):
+            Study(settings(inputs, tmp_path, starts=starts)).check()
+        data = {"train": inputs["train"], "test": inputs["test"]}
+        with pytest.raises(StudyError, match="A start has `sft:`, but `data:` names no `sft` dataset"):
+            Study(settings(inputs, tmp_path, data=data))
+
+    def test_gold_answers(self, inputs, tmp_path):
+        rows = [{k: v for k, v in r.items() if k != "reference"} for r in read_rows(inputs["train"])]
+        data = {"train": write_rows(tmp_path / "x.jsonl", rows), "sft": inputs["sft"]}
+        changes = {"methods": ["tpo"], "evaluation": {"neutral": {"data": inputs["neutral"]}}}
+        with pytest.raises(
+            StudyError, match=r"has no column 'reference', the gold answer that triples need.*gold: chosen"
+        ):
+            Study(settings(inputs, tmp_path, data=data, **changes)).check()
+        study = Study(settings(inputs, tmp_path, data=data | {"gold": "chosen"}, **changes))
+        study.check()
+        assert all(row["reference"] == row["chosen"] for row in study.rows)
+
+    @pytest.mark.parametrize("where", ["test", "task", "neutral", "sft"])
+    def test_rows_that_are_trained_and_tested(self, inputs, tmp_path, where):
+        prompt = read_rows(inputs["train"])[0]["prompt"]
+        rows = {
+            "test": [{"prompt": f" {prompt.upper()} ", "chosen": " a", "rejected": " b", "reference": " c"}],
+            "task": [{"question": prompt, "answer": "1"}],
+            "neutral": [{"text": prompt}],
+            "sft": [{"prompt": "27: Where do fish live?", "completion": " x"}] * 8,  # a prompt of the test rows
+        }[where]
+        changed = inputs | {where: write_rows(tmp_path / "rows.jsonl", rows)}
+        changes = {"evaluation": {"pairs": {}}} if where == "test" else {}
+        if where == "sft":
+            rows[0]["prompt"] = read_rows(inputs["test"])[0]["prompt"]
+            changed["sft"] = write_rows(tmp_path / "rows.jsonl", rows)
+        with pytest.raises(
+            StudyError, match=r"rows of `.*` are in the training data too, e.g. in `data\.(train|sft)`"
+        ):
+            Study(settings(changed, tmp_path, **changes)).check()
+
+    def test_two_cells_of_one_folder(self, inputs, tmp_path):
+        methods = {"dpo": None, "again": {"method": "dpo", "beta": 0.1}}
+        with pytest.raises(
+            StudyError, match="'plain, dpo, 8 pairs, seed 0' and 'plain, again, 8 pairs, seed 0' are the same"
+        ):
+            Study(settings(inputs, tmp_path, methods=methods)).check()
+
+    def test_prompts_without_room(self, inputs, tmp_path):
+        training = settings(inputs, tmp_path)["training"] | {"max_length": 12}
+        with pytest.raises(StudyError, match=r"the prompt fills `training.max_length: 12`"):
+            Study(settings(inputs, tmp_path, training=training)).check()
+
+    def test_data_limits(self, inputs, tmp_path):
+        data = settings(inputs, tmp_path)["data"]
+        assert 0 < len(Study(settings(inputs, tmp_path, data=data | {"max_tokens": 30})).rows) < 26
+        with pytest.raises(StudyError, match="No row of `data.train` .* has at most `data.max_tokens: 2` tokens"):
+            _ = Study(settings(inputs, tmp_path, data=data | {"max_tokens": 2})).rows
+
+    def test_file(self, tmp_path):
+        with pytest.raises(FileNotFoundError, match="There is no study file"):
+            Study.load(tmp_path / "none.yaml")
+        (tmp_path / "x.yaml").write_text("a: [")
+        with pytest.raises(StudyError, match="is no YAML file"):
+            Study.load(tmp_path / "x.yaml")
+        (tmp_path / "y.yaml").write_text("- 1")
+        with pytest.raises(StudyError, match="expected `name: value` lines, found list"):
+            Study.load(tmp_path / "y.yaml")
+
+    def test_a_cell_that_is_not_there(self, inputs, tmp_path):
+        with pytest.raises(ValueError, match="The study has no cell 'x'"):
+            run_study(Study(settings(inputs, tmp_path)), cells=["x"])
+
+
+# ---------------------------------------------------------------- measures
+
+
+class TestMeasures:
+    def test_pairs(self):
+        """The card's pair: r_w = 3, r_l = -5."""
+        start = StartScores((-45.0, -45.0), (-50.0, -50.0), ())
+        found = pair_measures([-42.0, -45.0], [-55.0, -50.0], start)
+        assert found["reward_margin"].items == (8.0, 0.0)
+        assert found["preference_accuracy"].items == (1.0, 0.5)  # one that did not change counts half
+        assert (found["chosen_drift"].value, found["rejected_drift"].value) == (1.5, -2.5)
+
+    def test_forward_kl_is_unbiased(self):
+        start, model = torch.tensor([0.5, 0.3, 0.2]).double().log(), torch.tensor([0.2, 0.5, 0.3]).double().log()
+        exact = (start.exp() * (start - model)).sum().item()
+        found = sum(
+            p * forward_kl([a], [b]) for p, a, b in zip(start.exp(), start.tolist(), model.tolist(), strict=True)
+        )
+        assert found == pytest.approx(exact, abs=1e-12)
+        assert forward_kl([-1.0, -2.0], [-1.0, -2.0]) == 0.0
+
+    def test_weighted_mean(self):
+        measure = mean_of([1.0, 4.0], "x", "y", "nats", weights=[3, 1], documents=["a", "b"])
+        assert measure.value == 1.75
+        assert Measure.from_json(json.loads(json.dumps(measure.to_json()))) == measure
+        assert mean_of([], "x", "y", "nats").to_json()["value"] is None
+
+    @pytest.mark.parametrize(
+        ("reply", "answer", "match", "right"),
+        [
+            ("It is 1,204.", "1204", "number", True),
+            ("3 or 4", "3", "number", False),
+            ("none", "3", "number", False),
+            ("... #### 12", "#### 12", "number", True),
+            (" Yes \n", "yes", "text", True),
+            ("Yes, it is", "yes", "text", False),
+        ],
+    )
+    def test_is_right(self, reply, answer, match, right):
+        assert is_right(reply, answer, match) is right
+
+    def test_metrics_of_evaluate(self):
+        evaluate = pytest.importorskip("evaluate")
+        from trl_ift.study.metrics import ExactNumber, ForwardKL, PreferenceAccuracy
+
+        found = PreferenceAccuracy().compute(predictions=[[-42.0, -55.0]], references=[[-45.0, -50.0]])
+        assert found == {
+            "preference_accuracy": 1.0, "reward_margin": 8.0, "chosen_drift": 3.0, "rejected_drift": -5.0
+        }  # fmt: skip
+        kl = ForwardKL().compute(predictions=[[-1.0, -2.0]], references=[[-1.5, -1.0]])["forward_kl"]
+        assert kl == pytest.approx(forward_kl([-1.5, -1.0], [-1.0, -2.0]))
+        both = evaluate.combine([ExactNumber(), ExactNumber()]).compute(
+            predictions=["so 4", "5"], references=["4", "6"]
+        )
+        assert set(both.values()) == {0.5}
+        with pytest.raises(ValueError, match="`predictions` holds a row of 1 numbers; expected two"):
+            PreferenceAccuracy().compute(predictions=[[1.0]], references=[[0.0, 0.0]])
+
+
+# ---------------------------------------------------------------- running it
+
+
+class TestRun:
+    def test_results(self, finished):
+        study, results = finished
+        assert [cell["status"] for cell in results["cells"]] == ["done"] * 14
+        for cell in results["cells"]:
+            assert set(cell["measures"]) == {
+                "preference_accuracy", "reward_margin", "chosen_drift", "rejected_drift", "forward_kl", "answer_length",
+                "cut_answers", "neutral_nll", "task/add",
+            }  # fmt: skip
+            assert (study.output_dir / cell["config"]).is_file()
+            samples = read_rows(study.output_dir / cell["samples"])
+            assert len(samples) == 8
+        assert json.loads((study.output_dir / "results.json").read_text()) == results
+        cell = by_label(results)["dpo"]
+        assert cell["train"]["steps"] == 4
+        assert cell["train"]["sequences"] == 32
+        assert cell["train"]["peak_memory_bytes"] > 1e7
+        assert [entry["step"] for entry in cell["train"]["history"]] == [1, 2, 3, 4]
+        assert values(cell)["reward_margin"] > 0
+
+    def test_no_pickles_and_no_paths(self, finished):
+        study, _ = finished
+        names = {path.name for path in study.output_dir.rglob("*") if path.is_file()}
+        assert not [name for name in names if name.endswith((".bin", ".pt", ".pkl"))]
+        record = next(study.output_dir.glob("cells/plain-dpo-*/cell.json")).read_text()
+        assert json.loads(record)["config"]["beta"] == 0.1
+
+    def test_start_is_measured_against_itself(self, finished):
+        for start in ("plain", "sft"):
+            found = values(by_label(finished[1], start)["start"])
+            assert found["preference_accuracy"] == 0.5
+            assert found["reward_margin"] == found["chosen_drift"] == found["forward_kl"] == 0.0
+
+    def test_shared_stages_ran_once(self, finished):
+        study, _ = finished
+        stages = [path.parent.name.split("-")[0] for path in study.output_dir.glob("stages/*/stage.json")]
+        assert sorted(stages) == ["heldout", "heldout", "sft"]
+
+    def test_tokens_are_counted(self, finished, tokenizer):
+        study, results = finished
+        rows = study.subset(16, 0)
+
+        def length(row, answer):
+            return len(tokenizer(row["prompt"] + row[answer])["input_ids"]) + 1  # and its end
+
+        chosen, rejected = (sum(length(row, name) for row in rows) for name in ("chosen", "rejected"))
+        cells = by_label(results)
+        assert cells["sft"]["train"]["tokens"] == chosen
+        assert cells["dpo"]["train"]["tokens"] == chosen + rejected
+
+    def test_nothing_is_repeated(self, finished, monkeypatch):
+        study, results = finished
+        for name in ("train", "_evaluate", "score_start"):
+            monkeypatch.setattr(module, name, lambda *args, **kwargs: pytest.fail("ran again"))
+        assert run_study(Study(study.settings)) == results
+
+    def test_the_same_twice(self, finished, inputs, tmp_path):
+        """Equal but for times and memory."""
+        study, results = finished
+        other = Study(study.settings | {"output_dir": str(tmp_path / "out"), "sizes": [8], "methods": ["dpo"]})
+        again = {cell["id"]: cell for cell in run_study(other)["cells"]}
+        first = {cell["id"]: cell for cell in results["cells"]}
+        assert len(again) == 4
+        for name, cell in again.items():
+            assert cell["measures"] == first[name]["measures"]
+            if cell["train"]:
+                changing = {"seconds", "tokens_per_second", "peak_memory_bytes"}
+                mine, theirs = (
+                    {k: v for k, v in c["train"].items() if k not in changing} for c in (cell, first[name])
+                )
+                for record in (mine, theirs):
+                    record["history"] = [
+                        {k: v for k, v in e.items() if "runtime" not in k and "per_second" not in k}
+                        for e in record["history"]
+                    ]
+                assert mine == theirs
+
+    def test_another_evaluation_trains_nothing(self, finished, monkeypatch, inputs):
+        study, results = finished
+        monkeypatch.setattr(module, "train", lambda *args, **kwargs: pytest.fail("trained again"))
+        evaluated = []
+        evaluate = module._evaluate
+        monkeypatch.setattr(
+            module, "_evaluate", lambda study, cell, part, *more: (
+                evaluated.append((cell.id, part)), evaluate(study, cell, part, *more)
+            )[1]
+        )  # fmt: skip
+        changed = Study(
+            study.settings
+            | {"evaluation": study.settings["evaluation"] | {"answers": {"rows": 2, "max_new_tokens": 3}}}
+        )
+        cell = next(cell for cell in changed.cells() if cell.label == "dpo")
+        run_study(changed, cells=[cell.id])
+        assert evaluated == [(cell.id, "answers")]
+        assert (
+            by_label(collect_results(study), size=8)["dpo"]["measures"] == by_label(results, size=8)["dpo"]["measures"]
+        )
+
+    def test_zero_steps_equal_the_start(self, inputs, tmp_path):
+        methods = {name: {"budget": {"steps": 0}} for name in ("dpo", "sft")}
+        study = Study(settings(inputs, tmp_path / "out", methods=methods, sizes=[8]))
+        results = run_study(study)
+        for start in ("plain", "sft"):
+            cells = by_label(results, start, 8)
+            for label in methods:
+                assert cells[label]["measures"] == cells["start"]["measures"]
+
+    @pytest.mark.parametrize("peft", [None, {"r": 4}], ids=["full", "lora"])
+    def test_memory_and_disk_agree(self, inputs, tmp_path, peft, monkeypatch):
+        """A model that was just trained, and the one that is loaded from its folder; flags and weights stay."""
+        study = Study(settings(inputs, tmp_path / "out", methods=["dpo"], sizes=[8], peft=peft))
+        cell = next(cell for cell in study.cells() if cell.label == "dpo" and cell.start.name == "plain")
+        trainers = []
+        make = module.make_trainer
+        monkeypatch.setattr(module, "make_trainer", lambda *a, **k: trainers.append(make(*a, **k)) or trainers[-1])
+        assert run_cell(study, cell) == "done"
+        model = trainers[-1].model
+        model.train()
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        scores = module.ensure_start_scores(study, cell.start, 0)
+        tokenizer = trainers[-1].processing_class
+        for part in PARTS:
+            found = evaluate_part(part, model, tokenizer, study.held_out, scores, tmp_path / part)
+            stored = json.loads(module._part_file(study, cell, part).read_text())
+            assert {name: m.to_json() for name, m in found.items()} == json.loads(json.dumps(stored))
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+        assert model.training
+
+    def test_all_methods(self, inputs, tmp_path):
+        """Everything that is registered, from a start with a chat template."""
+        starts = {"chat": {"model": inputs["model"], "chat": True}}
+        training = settings(inputs, tmp_path)["training"] | {"max_length": 256}
+        study = Study(
+            settings(inputs, tmp_path / "out", methods=list(KNOWN), sizes=[8], starts=starts, training=training)
+        )
+        results = run_study(study)
+        cells = by_label(results, "chat", 8)
+        assert set(cells) == {*KNOWN, "start"}
+        assert not {label: cell["error"] for label, cell in cells.items() if cell["status"] != "done"}
+        assert all(cell["train"]["steps"] == 2 for label, cell in cells.items() if label != "start")
+        margins = {label: values(cell)["reward_margin"] for label, cell in cells.items()}
+        assert len(set(margins.values())) == len(margins), "two methods did the same"
+
+    def test_reference_log_probs_are_shared(self, inputs, tmp_path, monkeypatch):
+        """Without adapters: computed once for the largest subset, and what each trainer would compute for itself."""
+        study = Study(settings(inputs, tmp_path / "out", methods=["dpo", "ipo"], peft=None))
+        run_study(study)
+        stages = list(study.output_dir.glob("stages/reference-*/stage.json"))
+        assert len(stages) == 2  # a start
+        monkeypatch.setattr(module, "_with_reference", lambda study, cell, source, config, data: data)
+        other = Study(study.settings | {"output_dir": str(tmp_path / "other")})
+        for mine, theirs in zip(run_study(other)["cells"], collect_results(study)["cells"], strict=True):
+            assert values(mine) == pytest.approx(values(theirs), abs=1e-5)
+
+
+class TestFailures:
+    def test_a_failed_cell_does_not_stop_the_others(self, inputs, tmp_path, monkeypatch, capsys):
+        study = Study(
+            settings(
+                inputs,
+                tmp_path / "out",
+                sizes=[8],
+                methods=["sft", "dpo"],
+                starts={"plain": {"model": inputs["model"]}},
+            )
+        )
+        train = module.train_cell
+
+        def failing(study, cell, *args):
+            if cell.label == "sft":
+                raise RuntimeError("no <luck>")
+            return train(study, cell, *args)
+
+        monkeypatch.setattr(module, "train_cell", failing)
+        cells = by_label(run_study(study), size=8)
+        assert {label: cell["status"] for label, cell in cells.items()} == {
+            "start": "done",
+            "sft": "failed",
+            "dpo": "done",
+        }
+        assert cells["sft"]["error"] == "RuntimeError: no <luck>"
+        assert "Failed: plain, sft, 8 pairs, seed 0: RuntimeError: no <luck>" in capsys.readouterr().out
+        record = json.loads((study.output_dir / cells["sft"]["folder"] / "failed.json").read_text())
+        assert "in failing" in record["traceback"]
+        monkeypatch.undo()
+        assert {c["status"] for c in run_study(study)["cells"]} == {"done"}
+
+    def test_divergence(self, inputs, tmp_path):
+        methods = {"dpo": {"learning_rate": 1e30}}
+        starts = {"plain": {"model": inputs["model"]}}
+        study = Study(settings(inputs, tmp_path / "out", sizes=[8], methods=methods, starts=starts))
+        error = by_label(run_study(study), size=8)["dpo"]["error"]
+        assert re.search("is no finite number: the training diverged. Lower its learning rate", error)
+
+    def test_interrupt(self, inputs, tmp_path, monkeypatch, capsys):
+        def interrupted(*args):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(module, "train_cell", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run_study(Study(settings(inputs, tmp_path / "out", sizes=[8], methods=["dpo"])))
+        assert "to go on, run the same again" in capsys.readouterr().out
+
+    @pytest.mark.parametrize("save", ["no", "steps"])
+    def test_stopped_before_the_end_is_recorded(self, inputs, tmp_path, monkeypatch, save):
+        """The weights are there, but not the record of the training: it is made again, or ended from its checkpoint."""
+        base = settings(
+            inputs, tmp_path / "out", methods=["dpo"], sizes=[8], starts={"plain": {"model": inputs["model"]}}
+        )
+        study = Study(base | {"training": base["training"] | {"save_strategy": save, "save_steps": 1}})
+        cell, write_file = study.cells()[1], module.write_file
+
+        def stopped(path, data):
+            if path.name == "train.json":
+                raise KeyboardInterrupt
+            write_file(path, data)
+
+        monkeypatch.setattr(module, "write_file", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            run_cell(study, cell)
+        assert (module.cell_folder(study, cell) / "model" / "adapter_model.safetensors").is_file()
+        monkeypatch.undo()
+        assert run_cell(study, cell) == "done"
+        other = Study(base | {"output_dir": str(tmp_path / "other")})
+        assert run_cell(other, cell) == "done"
+        assert module._measures_of(study, cell) == module._measures_of(other, cell)
+
+    @pytest.mark.slow
+    def test_killed_and_run_again(self, finished, tmp_path):
+        """SIGKILL in a training: finished cells are not repeated, and the results are those of an uninterrupted study."""
+        study, results = finished
+        changes = {"training": study.settings["training"] | {"save_strategy": "steps", "save_steps": 1}}
+        file = tmp_path / "settings.json"
+        file.write_text(json.dumps(study.settings | changes | {"output_dir": str(tmp_path / "out")}))
+        command = [sys.executable, study_killed.__file__, str(file)]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run([*command, "5"], capture_output=True, text=True, timeout=300, env=environment)
+        assert done.returncode == -signal.SIGKILL, done.stderr[-3000:]
+        first = re.findall("^training (.*)", done.stdout, re.M)
+        assert len(first) == 6
+        done = subprocess.run([*command, "-1"], capture_output=True, text=True, timeout=300, env=environment)
+        assert done.returncode == 0, done.stderr[-3000:]
+        second = re.findall("^training (.*)", done.stdout, re.M)
+        assert second[0] == first[-1]
+        assert "Going on from checkpoint-" in done.stdout
+        assert sorted(first[:-1] + second) == sorted(c["id"] for c in results["cells"] if c["method"] != "start")
+        again = json.loads((tmp_path / "out" / "results.json").read_text())
+        assert [c["measures"] for c in again["cells"]] == [c["measures"] for c in results["cells"]]
+
+    @pytest.mark.slow
+    def test_two_processes_share_a_study(self, finished, tmp_path):
+        study, results = finished
+        file = tmp_path / "settings.json"
+        file.write_text(json.dumps(study.settings | {"output_dir": str(tmp_path / "out")}))
+        command = [sys.executable, study_killed.__file__, str(file), "-1"]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        running = [
+            subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+            for _ in range(2)
+        ]
+        outputs = [process.communicate(timeout=300)[0] for process in running]
+        assert [process.returncode for process in running] == [0, 0], outputs
+        trained = [cell for output in outputs for cell in re.findall("^training (.*)", output, re.M)]
+        assert sorted(trained) == sorted(c["id"] for c in results["cells"] if c["method"] != "start")
+        again = json.loads((tmp_path / "out" / "results.json").read_text())
+        assert [c["measures"] for c in again["cells"]] == [c["measures"] for c in results["cells"]]
+
+
+class TestExecutors:
+    def test_commands(self, finished, inputs, tmp_path):
+        study, _ = finished
+        assert print_commands(study, "study.yaml") == []
+        other = Study(study.settings | {"output_dir": str(tmp_path)})
+        commands = print_commands(other, "my study.yaml")
+        assert len(commands) == 14
+        assert commands[0] == f"trl-ift study run 'my study.yaml' --cells {other.cells()[0].id}"
+
+    @pytest.mark.slow
+    def test_ray(self, finished, tmp_path):
+        ray = pytest.importorskip("ray")
+        study, results = finished
+        other = Study(study.settings | {"output_dir": str(tmp_path / "out"), "sizes": [8]})
+        ray.init(
+            num_cpus=2,
+            include_dashboard=False,
+            log_to_driver=False,
+            runtime_env={"env_vars": {"OMP_NUM_THREADS": "1"}},
+        )
+        try:
+            found = {c["id"]: c for c in run_study(other, executor="ray", num_workers=2)["cells"]}
+        finally:
+            ray.shutdown()
+        first = {c["id"]: c for c in results["cells"]}
+        assert len(found) == 8
+        for name, cell in found.items():
+            assert cell["status"] == "done"
+            assert cell["measures"] == first[name]["measures"]
+
+    def test_unknown(self, finished):
+        with pytest.raises(ValueError, match="`executor='slurm'` is not known"):
+            run_study(finished[0], executor="slurm")
+
+
+class TestCommand:
+    @pytest.fixture
+    def file(self, finished, tmp_path):
+
+        path = tmp_path / "study.yaml"
+        path.write_text(yaml.safe_dump(finished[0].settings))
+        return str(path)
+
+    def test_plan(self, file, finished, capsys):
+        assert main(["study", "plan", file, "--list"]) == 0
+        text = capsys.readouterr().out
+        assert "2 starts x 3 methods x 2 sizes x 1 seeds = 12 cells, and 2 untrained starts. 14 are finished." in text
+        assert re.search(r"^kto +unpaired +2 / 4 +16 / 32 +0 +\d+\.\d\d +0 s$", text, re.M)
+        assert "the start 'sft' is fine-tuned on 8 rows once a seed, for 6 cells each" in text
+        assert text.count("  finished") == 14
+        assert not list(finished[0].output_dir.glob("unused"))
+
+    def test_costs_are_measured_once(self, finished, monkeypatch):
+        study, _ = finished
+        first = measure_costs(study)
+        assert set(first) == {"sft", "dpo", "kto"}
+        assert all(cost["step_seconds"] > 0 and cost["step_tokens"] > 0 for cost in first.values())
+        from trl_ift.study import costs
+
+        monkeypatch.setattr(costs, "_two_steps", lambda *args: pytest.fail("measured again"))
+        assert measure_costs(Study(study.settings)) == first
+
+    def test_run_and_report(self, file, finished, capsys):
+        pytest.importorskip("matplotlib")
+        assert main(["study", "run", file]) == 0
+        assert "14 of 14 cells are finished." in capsys.readouterr().out
+        assert main(["study", "report", file]) == 0
+        text = capsys.readouterr().out
+        assert "report.html" in text
+        assert "dpo" in text
+        assert (finished[0].output_dir / "report.md").is_file()
+
+    def test_print_commands(self, file, capsys):
+        assert main(["study", "run", file, "--print-commands"]) == 0
+        assert capsys.readouterr().out.strip() == ""
+
+    def test_failed_cells_fail_the_command(self, inputs, tmp_path, capsys, monkeypatch):
+
+        path = tmp_path / "study.yaml"
+        path.write_text(yaml.safe_dump(settings(inputs, tmp_path / "out", methods=["dpo"], sizes=[8])))
+        monkeypatch.setattr(module, "train_cell", lambda *args: 1 / 0)
+        assert main(["study", "run", str(path)]) == 1
+        assert "2 cells failed; they are tried again by the next run" in capsys.readouterr().err
+
+    def test_bad_input(self, tmp_path, capsys):
+        assert main(["study", "plan", str(tmp_path / "none.yaml")]) == 1
+        assert "There is no study file" in capsys.readouterr().err
+        with pytest.raises(SystemExit):
+            main(["study", "go"])
+
+
+def test_trackers(inputs, tmp_path):
+    """The trackers that TRL logs the training to get the measures too."""
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    base = settings(inputs, tmp_path / "out", methods=["dpo"], sizes=[8], starts={"plain": {"model": inputs["model"]}})
+    study = Study(base | {"training": base["training"] | {"report_to": "tensorboard"}})
+    cell = study.cells()[1]
+    assert run_cell(study, cell) == "done"
+    found = {}
+    for file in (study.output_dir / "trackers").rglob("events.*"):
+        events = EventAccumulator(str(file.parent)).Reload()
+        found |= {tag: events.Scalars(tag)[0].value for tag in events.Tags()["scalars"]}
+    stored = values(next(c for c in collect_results(study)["cells"] if c["id"] == cell.id))
+    assert found == {name: pytest.approx(value, abs=1e-6) for name, value in stored.items()}
+
+
+def test_the_file_of_the_documentation():
+    page = (Path(__file__).parent.parent / "docs" / "study.md").read_text()
+    text = re.search(r"```yaml\n(.*?)```", page, re.DOTALL)[1]
+    study = Study(yaml.safe_load(text))
+    assert {label: arm.method.name for label, arm in study.arms.items()} == {
+        "sft": "sft", "dpo": "dpo", "dpo-strong": "dpo", "kto": "kto", "mpo": "mpo"
+    }  # fmt: skip
+    assert study.peft_config().r == 16
+    assert study.config(study.arms["kto"], 1000, 0, "x").per_device_train_batch_size == 8
+
+
+def test_the_study_of_the_benchmark(monkeypatch, inputs):
+    file = Path(__file__).parent.parent / "benchmarks" / "study" / "study.yaml"
+    for name in ("MODEL", "DATA", "OUTPUT"):
+        monkeypatch.setenv(name, inputs["model"])
+    study = Study.load(file)
+    assert {method.name for method in METHODS} <= set(study.arms)
+    assert study.steps(study.arms["dpo"], 128) == 16
+
+
+class TestBenchmarks:
+    """lm-evaluation-harness and judged dialogue as parts of a cell."""
+
+    def test_lm_eval(self, inputs, tmp_path):
+        pytest.importorskip("lm_eval")
+        rows = [
+            {"goal": f"Open door {i}", "sol1": "Turn the key.", "sol2": "Eat it.", "label": i % 2} for i in range(6)
+        ]
+        task = {"task": "piqa", "data_files": {"validation": write_rows(tmp_path / "piqa.jsonl", rows)}}
+        base = settings(
+            inputs, tmp_path / "out", methods=["dpo"], sizes=[8], starts={"plain": {"model": inputs["model"]}}
+        )
+        study = Study(base | {"evaluation": {"pairs": {"rows": 4}, "lm_eval": {"tasks": [task], "limit": 4}}})
+        results = run_study(study)
+        for cell in results["cells"]:
+            assert cell["status"] == "done", cell["error"]
+            measure = cell["measures"]["lm_eval/piqa/acc_norm"]
+            assert len(measure["items"]) == 4
+        documents = {cell["measures"]["lm_eval/piqa/acc_norm"]["documents"] for cell in results["cells"]}
+        assert len(documents) == 1  # the same for all cells
+        # Other documents: evaluated anew, not trained
+        rows[0]["goal"] = "Open another door"
+        write_rows(tmp_path / "piqa.jsonl", rows)
+        assert {cell["status"] for cell in collect_results(Study(study.settings))["cells"]} == {"missing"}
+
+    @pytest.mark.parametrize("judge", ["none", "local"])
+    def test_judged(self, inputs, tmp_path, judge):
+        questions = [
+            {"question_id": i, "category": c, "turns": [f"Name a {c}.", "And another."], "reference": None}
+            for i, c in enumerate(["math", "writing"], 81)
+        ]
+        names = ("single-v1", "single-v1-multi-turn", "single-math-v1", "single-math-v1-multi-turn")
+        fields = "{question} {answer} {question_1} {answer_1} {question_2} {answer_2} {ref_answer_1} {ref_answer_2}"
+        prompts = [
+            {"name": name, "type": "single", "system_prompt": "", "prompt_template": fields, "output_format": "[[rating]]",
+             "description": "", "category": "general"}
+            for name in names
+        ]  # fmt: skip
+        for prompt in prompts:
+            used = [f for f in fields.split() if ("_" in f) == ("multi" in prompt["name"])]
+            used = [f for f in used if "ref" not in f or "math" in prompt["name"]]
+            prompt["prompt_template"] = " ".join(used)
+        judged = {
+            "questions": write_rows(tmp_path / "questions.jsonl", questions),
+            "max_new_tokens": 4,
+            "judge": judge,
+        }
+        if judge != "none":
+            judged |= {"prompts": write_rows(tmp_path / "prompts.jsonl", prompts), "model": inputs["model"]}
+        base = settings(
+            inputs, tmp_path / "out", methods=["dpo"], sizes=[8], starts={"plain": {"model": inputs["model"]}}
+        )
+        study = Study(base | {"evaluation": {"judged": judged}})
+        study.check()
+        cell = study.cells()[0]
+        assert run_cell(study, cell) == "done", (study.output_dir / "cells" / cell.id / "failed.json").read_text()
+        found = collect_results(study)["cells"][0]["measures"]
+        assert found["answers/tokens"]["value"] > 0
+        assert not [name for name in found if name.startswith("mt_bench") and judge == "none"]
+        if judge == "local":
+            assert found["mt_bench/unrated"]["value"] == 1.0  # it is no judge
+            assert found["mt_bench/score"]["value"] is None

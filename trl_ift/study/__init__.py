@@ -1,0 +1,1 @@
+"""The comparison study: which method, from which start, with how much data."""

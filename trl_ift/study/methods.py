@@ -1,0 +1,181 @@
+"""One face for all methods of a study: those of the library's registry, and TRL's own.
+
+A study has preference pairs (and, for some methods, a gold answer to each prompt). What becomes of them for a method is its
+`kind`:
+
+    sft         the chosen answer, as a prompt-completion row
+    pairs       the pairs
+    unpaired    each pair as one desirable and one undesirable row, in the order of `unpaired_rows`
+    triples     the pairs and the gold answer
+    samples     the pairs, and answers that the starting model samples
+    self-play   the chosen answer, against one that the starting model samples (one iteration)
+"""
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
+from importlib import import_module
+from typing import Any
+
+from datasets import Dataset
+
+from ..registry import METHODS
+
+
+# Kind -> sequences that the model trains on for one pair
+SEQUENCES = {"sft": 1, "pairs": 2, "unpaired": 2, "triples": 3, "samples": 3, "self-play": 2}
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class StudyMethod:
+    """A method as a study trains it.
+
+    Attributes:
+        name: Name in the study file.
+        title: Full name.
+        module: Module of trainer and config.
+        trainer: Name of the trainer class.
+        config: Name of the config class.
+        kind: What becomes of the pairs.
+        paper: arXiv id.
+        options: Options of the config that make it this method.
+    """
+
+    name: str
+    title: str
+    module: str
+    trainer: str
+    config: str
+    kind: str
+    paper: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def trainer_class(self) -> type:
+        return getattr(import_module(self.module), self.trainer)
+
+    @property
+    def config_class(self) -> type:
+        return getattr(import_module(self.module), self.config)
+
+
+def _trl(
+    name: str, title: str, trainer: str, kind: str, paper: str, module: str = "trl", **options: Any
+) -> StudyMethod:
+    config = trainer.replace("Trainer", "Config")
+    return StudyMethod(name, title, module, trainer, config, kind, paper, options)
+
+
+_PAIRS = "trl_ift.preference.trainer"
+# Registered methods, and TRL's. DPO's family is trained by `PreferenceTrainer`, which has TRL's losses, and takes stored
+# reference log-probabilities.
+KNOWN: dict[str, StudyMethod] = {
+    method.name: method
+    for method in (
+        _trl("sft", "Supervised fine-tuning", "SFTTrainer", "sft", ""),
+        *(StudyMethod(m.name, m.title, m.module, m.trainer, m.config, m.kind, m.paper) for m in METHODS),
+        _trl("ipo", "Identity Preference Optimization", "PreferenceTrainer", "pairs", "2310.12036", _PAIRS, loss_type=["ipo"]),
+        _trl("kto", "Kahneman-Tversky Optimization", "KTOTrainer", "unpaired", "2402.01306"),
+        _trl("cpo", "Contrastive Preference Optimization", "CPOTrainer", "pairs", "2401.08417", "trl.experimental.cpo"),
+        _trl(
+            "simpo", "Simple Preference Optimization", "CPOTrainer", "pairs", "2405.14734", "trl.experimental.cpo",
+            loss_type="simpo", cpo_alpha=0.0,
+        ),
+        _trl("orpo", "Odds Ratio Preference Optimization", "ORPOTrainer", "pairs", "2403.07691", "trl.experimental.orpo"),
+    )
+}  # fmt: skip
+
+
+def get_study_method(name: str) -> StudyMethod:
+    """The method called `name`; `ValueError` names those that are known."""
+    if name in KNOWN:
+        return KNOWN[name]
+    near = get_close_matches(name, KNOWN, n=1)
+    hint = f"Did you mean {near[0]!r}? " if near else ""
+    raise ValueError(f"Unknown method {name!r}. {hint}Known methods: {', '.join(KNOWN)}.")
+
+
+def unknown_options(config_class: type, options: Mapping[str, Any]) -> list[str]:
+    """Names in `options` that the config does not have."""
+    known = {f.name for f in fields(config_class)}
+    return [name for name in options if name not in known]
+
+
+# ---------------------------------------------------------------- data
+
+
+def as_chat(row: Row) -> Row:
+    """A row of texts as one of messages, so that the model sees it within its chat template."""
+    roles = {"prompt": "user"}
+    return {
+        name: [{"role": roles.get(name, "assistant"), "content": value.strip()}] if isinstance(value, str) else value
+        for name, value in row.items()
+    }
+
+
+def training_rows(kind: str, rows: Sequence[Row], batch_pairs: int, seed: int) -> Dataset:
+    """The dataset that a method of `kind` trains on, made of preference rows; `self-play` needs `self_play_rows`."""
+    if kind == "sft":
+        return Dataset.from_list([{"prompt": row["prompt"], "completion": row["chosen"]} for row in rows])
+    if kind == "unpaired":
+        return Dataset.from_list(unpaired_rows(rows, 2 * batch_pairs, seed))
+    columns = ("prompt", "chosen", "rejected", *(["reference"] if kind == "triples" else []))
+    return Dataset.from_list([{name: row[name] for name in columns} for row in rows])
+
+
+def unpaired_rows(rows: Sequence[Row], batch_rows: int, seed: int) -> list[Row]:
+    """
+    Each pair as a desirable and an undesirable row, in an order that KTO can be trained in.
+
+    `KTOTrainer` reads the rows in order, and estimates its KL term by giving each prompt of a batch the answer of the row
+    before it. Left to itself it unpairs a dataset into all chosen answers followed by all rejected ones, so that a batch has
+    one label; and two answers of one prompt next to each other make its mismatched pairs matched ones. Here labels alternate,
+    and rows of one prompt are kept apart.
+
+    Args:
+        rows: `prompt`, `chosen`, `rejected`.
+        batch_rows: Rows of a batch of one device.
+        seed: Seed of the order.
+
+    Raises:
+        ValueError: Too few prompts: somewhere the answers of one prompt would have to be neighbours in a batch.
+    """
+    order = list(range(len(rows)))
+    random.Random(seed).shuffle(order)
+    shift = max(1, min(batch_rows // 2, len(order) // 2))  # the rejected answers come from a batch before
+    mixed: list[tuple[int, bool]] = []
+    for position, index in enumerate(order):
+        mixed += [(index, True), (order[position - shift], False)]
+
+    def prompt(position: int) -> Any:
+        return rows[mixed[position][0]]["prompt"]
+
+    def clash(position: int) -> bool:
+        """Whether a row or the one behind it stands behind a row of the same prompt, in the circle of its batch."""
+        first = position - position % batch_rows
+        size = min(batch_rows, len(mixed) - first)
+        behind = first + (position - first + 1) % size
+        before = first + (position - first - 1) % size
+        return prompt(position) in (prompt(before), prompt(behind))
+
+    for position in range(len(mixed)):
+        if not clash(position):
+            continue
+        for other in range(position % 2, len(mixed), 2):  # rows of the same label
+            mixed[position], mixed[other] = mixed[other], mixed[position]
+            if not clash(position) and not clash(other):
+                break
+            mixed[position], mixed[other] = mixed[other], mixed[position]
+        else:
+            raise ValueError(
+                f"KTO: {len(rows)} pairs of {len({repr(row['prompt']) for row in rows})} prompts cannot be ordered so that "
+                f"no two answers of one prompt are neighbours in a batch of {batch_rows} rows. Give more prompts, or change "
+                "`per_device_train_batch_size`."
+            )
+    return [
+        {"prompt": rows[index]["prompt"], "completion": rows[index]["chosen" if label else "rejected"], "label": label}
+        for index, label in mixed
+    ]

@@ -1,0 +1,715 @@
+"""Running a study: stages that cells share, the cells, executors, and the results of it all.
+
+    OUTPUT_DIR/
+      study.json               the settings of the last run
+      stages/sft-KEY/          a start that was fine-tuned before, with its model
+      stages/heldout-KEY/      scores of a start on the held-out data, and its samples
+      stages/reference-KEY/    reference log-probabilities of training pairs
+      stages/samples-KEY/      answers of a start to training prompts
+      cells/ID/                one training: model or adapter, cell.json, evaluation/, answers
+      results.json             all of it, for `trl-ift study report`
+
+A stage is finished when its `stage.json` is there, a cell when its `cell.json` is. Both are written last. Several processes may
+run the same study at the same time: each takes what no other has taken.
+"""
+
+import inspect
+import json
+import math
+import os
+import platform
+import shlex
+import shutil
+import threading
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from filelock import FileLock, Timeout
+from transformers import AutoTokenizer, PrinterCallback, ProgressCallback
+
+from ..checks import check_choice
+from ..data.generation import generate_completions, load_completions
+from ..data.inference import load_model, load_tokenizer
+from ..data.shards import write_file
+from ..hub.card import library_versions
+from ..scripts.train import INPUT_ERRORS
+from ..stages import as_json, free_memory, last_checkpoint, say, train_and_save, training_settings
+from .evaluate import PARTS, StartScores, evaluate_part, measures_to_json, score_start
+from .measures import Measure, digest_of
+from .methods import SEQUENCES, as_chat, get_study_method, training_rows
+from .plan import Arm, Cell, Start, Study
+
+
+EXECUTORS = ("in-process", "ray")
+
+
+def run_study(
+    study: Study,
+    cells: Sequence[str] | None = None,
+    executor: str = "in-process",
+    num_workers: int = 2,
+) -> dict[str, Any]:
+    """
+    Train and evaluate what is missing of a study, and write `results.json`.
+
+    A cell that fails is reported, and the others are run; it is tried again by the next call.
+
+    Args:
+        study: The study.
+        cells: Ids of the cells to run; all by default.
+        executor: `"in-process"`, one after another, or `"ray"`: tasks of a Ray cluster, or of this machine.
+        num_workers: Cells that Ray runs at a time on this machine.
+
+    Returns:
+        What `results.json` holds.
+
+    Raises:
+        StudyError, ValueError, TypeError, ImportError, OSError: Something in the study is wrong.
+    """
+    check_choice("executor", executor, EXECUTORS)
+    study.check()
+    known = {cell.id: cell for cell in study.cells()}
+    unknown = [cell for cell in cells or [] if cell not in known]
+    if unknown:
+        raise ValueError(f"The study has no cell {unknown[0]!r}. `trl-ift study plan` lists the cells.")
+    wanted = [cell for cell in known.values() if cells is None or cell.id in cells]
+    study.output_dir.mkdir(parents=True, exist_ok=True)
+    write_file(study.output_dir / "study.json", json.dumps(as_json(study.settings), indent=2).encode())
+    missing = [cell for cell in wanted if not is_finished(study, cell)]
+    say(f"{len(wanted)} cells, {len(wanted) - len(missing)} of them finished already.")
+    try:
+        if executor == "ray":
+            _run_with_ray(study, missing, num_workers)
+        else:
+            _run_in_process(study, missing)
+    except KeyboardInterrupt:
+        say(f"\nInterrupted. What is finished is kept in {study.output_dir}; to go on, run the same again.")
+        raise
+    return write_results(study)
+
+
+def print_commands(study: Study, file: str, cells: Sequence[str] | None = None) -> list[str]:
+    """One command a cell that is not finished, for any scheduler. They can run in any order, and at the same time."""
+    study.check()
+    return [
+        shlex.join(["trl-ift", "study", "run", file, "--cells", cell.id])
+        for cell in study.cells()
+        if (cells is None or cell.id in cells) and not is_finished(study, cell)
+    ]
+
+
+# ---------------------------------------------------------------- executors
+
+
+def _run_in_process(study: Study, cells: Sequence[Cell]) -> None:
+    began, done = time.monotonic(), 0
+    waiting = list(cells)
+    while waiting:
+        busy = []
+        for cell in waiting:
+            left = _time_left(time.monotonic() - began, done, len(cells))
+            say(f"Cell {len(cells) - len(waiting) + waiting.index(cell) + 1} of {len(cells)}: {cell}{left}")
+            if run_cell(study, cell) == "busy":
+                busy.append(cell)
+            else:
+                done += 1
+        if len(busy) == len(waiting):
+            time.sleep(5)  # all that is left is being run by other processes
+        waiting = busy
+
+
+def _run_with_ray(study: Study, cells: Sequence[Cell], num_workers: int) -> None:
+    try:
+        import ray
+    except ImportError:
+        raise ImportError('`executor="ray"` needs Ray. Install it with `pip install "trl-ift[ray]"`.') from None
+    if not ray.is_initialized():
+        ray.init(address=None if ray_address() is None else "auto", num_cpus=None if ray_address() else num_workers)
+    gpus = 1 if torch.cuda.is_available() else 0
+    remote = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=0)(_run_remote)
+    # A cell waits for the stages that it shares; starts first, so that workers do not wait for one and the same
+    done = 0
+    for group in ([c for c in cells if c.arm is None], [c for c in cells if c.arm is not None]):
+        tasks = {remote.remote(study.settings, cell.id): cell for cell in group}
+        while tasks:
+            (ready,), _ = ray.wait(list(tasks), num_returns=1)
+            cell = tasks.pop(ready)
+            done += 1
+            try:
+                say(f"{done} of {len(cells)}: {cell}: {ray.get(ready)}")
+            except ray.exceptions.RayError as error:
+                _record_failure(study, cell, f"{type(error).__name__}: {error}")
+                say(f"{done} of {len(cells)}: {cell}: failed ({type(error).__name__})")
+
+
+def ray_address() -> str | None:
+    """Address of a Ray cluster that this process is told to use."""
+    return os.environ.get("RAY_ADDRESS")
+
+
+def _run_remote(settings: dict[str, Any], cell_id: str) -> str:
+    study = Study(settings)
+    cell = next(cell for cell in study.cells() if cell.id == cell_id)
+    return run_cell(study, cell, wait=True)
+
+
+def _time_left(seconds: float, done: int, total: int) -> str:
+    if not done:
+        return ""
+    minutes = seconds / done * (total - done) / 60
+    return f" (about {minutes:.0f} min left)" if minutes >= 1 else " (less than a minute left)"
+
+
+# ---------------------------------------------------------------- one cell
+
+
+def cell_folder(study: Study, cell: Cell) -> Path:
+    """Folder of a cell."""
+    return study.output_dir / "cells" / cell.id
+
+
+def is_finished(study: Study, cell: Cell) -> bool:
+    """Whether a cell is trained, and evaluated as the study asks now."""
+    folder = cell_folder(study, cell)
+    return (folder / "cell.json").is_file() and all(_part_file(study, cell, part).is_file() for part in study.parts())
+
+
+def run_cell(study: Study, cell: Cell, wait: bool = False) -> str:
+    """Train and evaluate a cell; return `"done"`, `"failed"`, or `"busy"` if another process runs it."""
+    folder = cell_folder(study, cell)
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder / ".lock", timeout=-1 if wait else 0):
+            if is_finished(study, cell):
+                return "done"
+            try:
+                _run_locked(study, cell, folder)
+            except Exception as error:
+                text = "".join(traceback.format_exception(error))
+                _record_failure(study, cell, f"{type(error).__name__}: {error}", text)
+                say(f"Failed: {cell}: {type(error).__name__}: {error}")
+                if not isinstance(error, (*INPUT_ERRORS, RuntimeError, ArithmeticError, LookupError, AssertionError)):
+                    raise
+                return "failed"
+            finally:
+                free_memory()
+    except Timeout:
+        return "busy"
+    return "done"
+
+
+def _run_locked(study: Study, cell: Cell, folder: Path) -> None:
+    (folder / "failed.json").unlink(missing_ok=True)
+    seed = cell.seed if cell.seed is not None else study.seeds[0]
+    source = ensure_start(study, cell.start, seed)
+    scores = ensure_start_scores(study, cell.start, seed)
+    record = folder / "train.json"
+    if cell.arm is not None and not record.is_file():
+        trained = train_cell(study, cell, cell.arm, source, folder / "model")
+        write_file(record, json.dumps(trained, indent=2).encode())
+    began = time.monotonic()
+    missing = [part for part in study.parts() if not _part_file(study, cell, part).is_file()]
+    if missing:
+        adapter = folder / "model"
+        model, tokenizer = load_trained(study, cell.start, source, adapter if cell.arm is not None else None)
+        for part in missing:
+            measures = _evaluate(study, cell, part, model, tokenizer, scores, folder)
+            if broken := [
+                name for name, measure in measures.items() if not all(map(math.isfinite, measure.items or ()))
+            ]:
+                raise ArithmeticError(
+                    f"{', '.join(broken)} of {cell} is no finite number: the training diverged. Lower its learning rate."
+                )
+            text = json.dumps(measures_to_json(measures))
+            path = _part_file(study, cell, part)
+            path.parent.mkdir(exist_ok=True)
+            write_file(path, text.encode())
+    train = json.loads(record.read_text()) if record.is_file() else None
+    _write_samples(study, folder)
+    cell_record = {
+        "id": cell.id, "start": cell.start.name, "method": cell.label, "size": cell.size, "seed": cell.seed, "key": cell.key,
+         "train": train,
+        "config": None if cell.arm is None else _described(study, cell),
+        "evaluation_seconds": time.monotonic() - began, "versions": library_versions(), "device": device_name(),
+    }  # fmt: skip
+    write_file(folder / "cell.json", json.dumps(cell_record, indent=2).encode())
+    _track(study, cell, _measures_of(study, cell))
+
+
+def train_cell(study: Study, cell: Cell, arm: Arm, source: str, folder: Path) -> dict[str, Any]:
+    """Train a cell from the model in `source`; return what is recorded of it."""
+    assert cell.seed is not None
+    steps = study.steps(arm, cell.size)
+    if steps == 0:
+        return {"rows": cell.size, "sequences": 0, "tokens": 0, "steps": 0, "seconds": 0.0, "history": []}
+    config = study.config(arm, cell.size, cell.seed, str(folder))
+    data, more = _training_data(study, cell, arm, source, config)
+    return train(study, cell.start, arm.method, source, config, data, folder, str(cell), **more)
+
+
+def train(
+    study: Study, start: Start, method: Any, source: str, config: Any, data: Any, folder: Path, what: str, **more: Any
+) -> dict[str, Any]:
+    """Train one method on a dataset, from its last checkpoint if there is one, and save it to `folder`."""
+    if last_checkpoint(folder, 1) is None:
+        shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed before it had recorded its end
+    trainer = make_trainer(study, start, method, source, config, data, **more)
+    with _memory_peak() as peak:
+        began = time.monotonic()
+        train_and_save(trainer, folder, what)
+        seconds = time.monotonic() - began
+    (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle
+    if trainer.state.global_step < config.max_steps:
+        raise RuntimeError(
+            f"The training of {what} ended after {trainer.state.global_step} of {config.max_steps} steps: its trainer has "
+            "dropped rows. Raise `training.max_length`."
+        )
+    history = [entry for entry in trainer.state.log_history if "loss" in entry]
+    tokens = count_tokens(trainer)
+    result = {
+        "rows": len(data), "sequences": trainer.state.global_step * _sequences_a_step(config, method), "tokens": tokens,
+        "steps": trainer.state.global_step, "seconds": seconds,
+        "tokens_per_second": tokens / seconds if seconds else None, "peak_memory_bytes": peak[0], "history": history,
+    }  # fmt: skip
+    return as_json(result)
+
+
+def make_trainer(study: Study, start: Start, method: Any, source: str, config: Any, data: Any, **more: Any) -> Any:
+    """The trainer of a method, on the model in the folder or with the Hub id `source`."""
+    kwargs: dict[str, Any] = {"args": config, "train_dataset": data, "peft_config": study.peft_config(), **more}
+    revision = start if source == start.model else None
+    # By its path: of a model in memory, TRL would load the reference from where that model once came from
+    kwargs["model"], config.model_init_kwargs = source, study.model_init_kwargs(revision)
+    if (quantization := study.quantization_config()) is not None:
+        if "quantization_config" in inspect.signature(method.trainer_class).parameters:
+            kwargs["quantization_config"] = quantization
+        else:
+            config.model_init_kwargs["quantization_config"] = quantization
+    if method.module.startswith("trl.experimental"):
+        kwargs["processing_class"] = _without_bos(source, config.model_init_kwargs)
+    trainer = method.trainer_class(**kwargs)
+    for callback in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(callback)
+    return trainer
+
+
+def _without_bos(source: str, init_kwargs: dict[str, Any]) -> Any:
+    """The tokenizer without a token that TRL's CPO and ORPO would prepend, where all other trainers do not."""
+    options = {name: init_kwargs[name] for name in ("revision", "trust_remote_code") if name in init_kwargs}
+    tokenizer = AutoTokenizer.from_pretrained(source, **options)
+    if tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] != [tokenizer.bos_token_id]:
+        tokenizer.bos_token = None
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _sequences_a_step(config: Any, method: Any) -> int:
+    rows = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    return rows * (1 if method.kind in ("sft", "unpaired") else SEQUENCES[method.kind])
+
+
+def count_tokens(trainer: Any) -> int:
+    """Tokens that a trainer has processed: those of the rows' sequences, prompts included, times the rows it has seen."""
+    rows = trainer.train_dataset
+    seen = (
+        trainer.state.global_step * trainer.args.per_device_train_batch_size * trainer.args.gradient_accumulation_steps
+    )
+    return round(sum(map(_row_tokens, rows)) / max(len(rows), 1) * seen)
+
+
+def _row_tokens(row: dict[str, Any]) -> int:
+    if "chosen_input_ids" in row:  # CPO, ORPO: prompt and answer
+        return len(row["chosen_input_ids"]) + len(row["rejected_input_ids"])
+    if "input_ids" in row:
+        return len(row["input_ids"])
+    prompt = len(row["prompt_ids"])
+    answers = [value for name, value in row.items() if name.endswith("_ids") and name != "prompt_ids"]
+    total = sum(prompt + len(ids) for ids in answers)
+    for value in row.values():  # responses beside chosen and rejected
+        if isinstance(value, list) and value and isinstance(value[0], dict) and "completion_ids" in value[0]:
+            total += sum(len(other["prompt_ids"]) + len(other["completion_ids"]) for other in value)
+    return total
+
+
+def _training_data(study: Study, cell: Cell, arm: Arm, source: str, config: Any) -> tuple[Any, dict[str, Any]]:
+    """The dataset of a cell, and further arguments of its trainer."""
+    assert cell.seed is not None
+    kind, rows = arm.method.kind, study.rows_of(cell.start, cell.size, cell.seed)
+    if kind == "self-play":
+        return _self_play_pairs(study, cell, arm, source), {}
+    data = training_rows(kind, rows, study.batch_pairs(arm), cell.seed)
+    if kind == "samples":
+        if not getattr(config, "reg_weight", 1):
+            return data, {}
+        samples = ensure_samples(study, cell.start, cell.seed, source)
+        return data, {"reg_dataset": _of_first_prompts(samples, cell.size)}
+    if kind == "pairs" and getattr(arm.method.trainer_class, "uses_reference", False) and study.peft is None:
+        data = _with_reference(study, cell, source, config, data)
+    return data, {}
+
+
+def _of_first_prompts(completions: Dataset, size: int) -> Dataset:
+    keep = [index for index, prompt in enumerate(completions["prompt_index"]) if prompt < size]
+    return completions.select(keep)
+
+
+def _self_play_pairs(study: Study, cell: Cell, arm: Arm, source: str) -> Dataset:
+    from ..data.pairs import build_pairs
+
+    assert cell.seed is not None
+    samples = ensure_samples(study, cell.start, cell.seed, source)
+    rows = training_rows("sft", study.rows_of(cell.start, max(study.sizes), cell.seed), 1, cell.seed)
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    pairs = build_pairs(rows, samples, processing_class=tokenizer)
+    pairs = pairs.select([index for index, prompt in enumerate(pairs["prompt_index"]) if prompt < cell.size])
+    if arm.method.name == "ld-align":
+        from ..latent import PolicyHiddenState, weigh_pairs
+
+        start = cell.start if source == cell.start.model else None
+        encoder = PolicyHiddenState(source, model_init_kwargs=study.model_init_kwargs(start))
+        pairs = weigh_pairs(pairs, encoder)
+    return pairs
+
+
+# ---------------------------------------------------------------- shared stages
+
+
+@contextmanager
+def _stage(study: Study, kind: str, key: str) -> Iterator[tuple[Path, bool]]:
+    """Folder of a stage, and whether it is finished; only one process at a time is in it."""
+    folder = study.output_dir / "stages" / f"{kind}-{key}"
+    folder.mkdir(parents=True, exist_ok=True)
+    if (folder / "stage.json").is_file():
+        yield folder, True
+        return
+    with FileLock(folder / ".lock"):
+        yield folder, (folder / "stage.json").is_file()
+
+
+def _finish(folder: Path, **record: Any) -> None:
+    record |= {"versions": library_versions(), "device": device_name()}
+    write_file(folder / "stage.json", json.dumps(as_json(record), indent=2).encode())
+
+
+def ensure_start(study: Study, start: Start, seed: int) -> str:
+    """The folder or Hub id of a start; one with `sft` is trained first, once a seed."""
+    if start.sft is None:
+        return start.model
+    with _stage(study, "sft", study.start_key(start, seed)) as (folder, finished):
+        if not finished:
+            say(f"Fine-tuning the start '{start.name}', seed {seed}")
+            _train_start(study, start, seed, folder)
+        return str(folder / "model")
+
+
+def _train_start(study: Study, start: Start, seed: int, folder: Path) -> None:
+    rows = study.sft_subset(start, seed)
+    if start.chat:
+        rows = [as_chat(row) for row in rows]
+    config = study.sft_config(start, seed, str(folder / "training"))
+    data = Dataset.from_list(rows)
+    record = train(study, start, get_study_method("sft"), start.model, config, data, folder / "training", start.name)
+    if study.peft is not None:
+        # Into the weights as they were before any quantization, so that the merge is not rounded to it
+        # and in float32: bfloat16 would swallow most of what was learned
+        kwargs = study.model_init_kwargs(start) | {"dtype": "float32"}
+        model = load_model(start.model, str(folder / "training"), kwargs).merge_and_unload()
+    else:
+        model = load_model(str(folder / "training"), None, study.model_init_kwargs())
+    scratch = folder / "model-writing"
+    shutil.rmtree(scratch, ignore_errors=True)
+    model.save_pretrained(scratch)
+    study.tokenizers[start.name].save_pretrained(scratch)
+    shutil.rmtree(folder / "model", ignore_errors=True)
+    scratch.rename(folder / "model")
+    _finish(folder, start=start.name, seed=seed, rows=len(rows), train=record)
+
+
+def ensure_start_scores(study: Study, start: Start, seed: int) -> StartScores:
+    """Scores of a start on the held-out data, computed once."""
+    held_out = study.held_out_of(start)
+    key = digest_of([study.start_key_of(start, seed), held_out.digest("start")])
+    with _stage(study, "heldout", key) as (folder, finished):
+        if not finished:
+            source = ensure_start(study, start, seed)
+            model, tokenizer = load_trained(study, start, source, None)
+            score_start(model, tokenizer, held_out, folder).save(folder / "scores.json")
+            _finish(folder, start=start.name, seed=seed if start.sft is not None else None)
+        return StartScores.load(folder / "scores.json")
+
+
+def ensure_samples(study: Study, start: Start, seed: int, source: str) -> Dataset:
+    """Answers of a start to the training prompts of a seed, in their order, generated once."""
+    rows = study.rows_of(start, max(study.sizes), seed)
+    prompts = Dataset.from_list([{"prompt": row["prompt"]} for row in rows])
+    key = digest_of(
+        [
+            study.start_key_of(start, seed),
+            digest_of(prompts.to_list()),
+            study.samples,
+            seed,
+        ]
+    )
+    with _stage(study, "samples", key) as (folder, finished):
+        if finished:
+            return load_completions(folder / "completions")
+        say(f"Sampling answers of the start '{start.name}' for {len(prompts)} training prompts, seed {seed}")
+        model, tokenizer = load_trained(study, start, source, None)
+        completions = generate_completions(
+            model, prompts, folder / "completions", processing_class=tokenizer, seed=seed,
+            max_new_tokens=study.samples["max_new_tokens"],
+        )  # fmt: skip
+        _finish(folder, start=start.name, seed=seed, prompts=len(prompts))
+        return completions
+
+
+def _with_reference(study: Study, cell: Cell, source: str, config: Any, data: Dataset) -> Dataset:
+    """The pairs with the log-probabilities of the start, computed once for the largest subset of a seed.
+
+    Without adapters only: an adapter that is switched off is the reference already.
+    """
+    from ..preference.trainer import PreferenceConfig
+
+    assert cell.seed is not None
+    names = ("max_length", "truncation_mode", "ld_alpha", "bf16", "fp16", "pad_to_multiple_of")
+    options = {name: getattr(config, name) for name in names}
+    rows = study.rows_of(cell.start, max(study.sizes), cell.seed)
+    key = digest_of([study.start_key_of(cell.start, cell.seed), options, rows])
+    with _stage(study, "reference", key) as (folder, finished):
+        if not finished:
+            numbered = training_rows("pairs", rows, 1, cell.seed).add_column("row", list(range(len(rows))))
+            reference = PreferenceConfig(
+                output_dir=str(folder),
+                precompute_ref_log_probs=True,
+                report_to="none",
+                use_cpu=config.use_cpu,
+                **options,
+            )
+            method = get_study_method("dpo")
+            trainer = make_trainer(study, cell.start, method, source, reference, numbered)
+            scored = trainer.train_dataset
+            columns = {name: list(scored[name]) for name in ("row", "ref_chosen_logps", "ref_rejected_logps")}
+            write_file(folder / "logps.json", json.dumps(as_json(columns)).encode())
+            _finish(folder, start=cell.start.name, seed=cell.seed, rows=len(scored))
+        columns = json.loads((folder / "logps.json").read_text())
+    logps = {row: index for index, row in enumerate(columns["row"])}
+    keep = [row for row in range(len(data)) if row in logps]  # others cannot be trained: the trainer would drop them
+    data = data.select(keep)
+    for name in ("ref_chosen_logps", "ref_rejected_logps"):
+        data = data.add_column(name, [columns[name][logps[row]] for row in keep])
+    return data
+
+
+# ---------------------------------------------------------------- evaluation
+
+
+def load_trained(study: Study, start: Start, source: str, trained: Path | None) -> tuple[Any, Any]:
+    """A trained model and its tokenizer; with `trained=None` the start itself."""
+    kwargs = study.model_init_kwargs(start if source == start.model else None)
+    if (quantization := study.quantization_config()) is not None:
+        kwargs["quantization_config"] = quantization
+    if trained is None or not any(trained.glob("*.safetensors")):  # a cell of no steps is its start
+        model = load_model(source, None, kwargs)
+    elif (trained / "adapter_config.json").is_file():
+        model = load_model(source, str(trained), kwargs)
+    else:
+        model = load_model(str(trained), None, {n: v for n, v in kwargs.items() if n != "revision"})
+    return model, AutoTokenizer.from_pretrained(
+        source, **{n: v for n, v in kwargs.items() if n in ("revision", "trust_remote_code")}
+    )
+
+
+def _part_file(study: Study, cell: Cell, part: str) -> Path:
+    return cell_folder(study, cell) / "evaluation" / f"{part}-{study.part_key(part, cell.start)}.json"
+
+
+def _evaluate(
+    study: Study, cell: Cell, part: str, model: Any, tokenizer: Any, scores: StartScores, folder: Path
+) -> dict[str, Measure]:
+    answers = folder / "answers" / f"{part}-{study.part_key(part, cell.start)}"
+    if part in PARTS:
+        return evaluate_part(part, model, tokenizer, study.held_out_of(cell.start), scores, answers)
+    if part == "lm_eval":
+        from .harness import run_harness
+
+        return run_harness(model, tokenizer, apply_chat_template=cell.start.chat, **study.evaluation["lm_eval"])
+    return _judge(study, model, tokenizer, answers)
+
+
+def _judge(study: Study, model: Any, tokenizer: Any, folder: Path) -> dict[str, Measure]:
+    """Answer the dialogue questions, and let a judge grade the answers; without a judge they are described only."""
+    from . import judged
+
+    given = study.evaluation["judged"]
+    folder.mkdir(parents=True, exist_ok=True)
+    questions = judged.load_questions(given["questions"])[: given.get("rows")]
+    judged.generate_answers(
+        model, tokenizer, questions, folder / "answers.jsonl", max_new_tokens=given.get("max_new_tokens", 1024),
+        plain=tokenizer.chat_template is None,
+    )  # fmt: skip
+    measures = judged.proxies(folder / "answers.jsonl")
+    judge: judged.Judge
+    match given.get("judge", "none"):
+        case "none":
+            return measures
+        case "client":
+            judge = judged.InferenceClientJudge(given["model"], given.get("base_url"), os.environ.get("JUDGE_TOKEN"))
+        case "local":
+            kwargs = study.model_init_kwargs()
+            judge = judged.LocalJudge(
+                load_model(given["model"], None, kwargs), load_tokenizer(given["model"], None, kwargs)
+            )
+        case _:
+            judge = judged.ReplayJudge(given["judgments"], given.get("model"))
+    judgments = folder / "judgments.jsonl"
+    judged.judge_answers(folder / "answers.jsonl", judge, judgments, prompts=given["prompts"])
+    return measures | judged.score_judgments(judgments)
+
+
+def _measures_of(study: Study, cell: Cell) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for part in study.parts():
+        path = _part_file(study, cell, part)
+        if path.is_file():
+            found |= json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
+def _write_samples(study: Study, folder: Path) -> None:
+    """The answers of all parts in one file, to be read."""
+    import pyarrow.parquet as pq
+
+    lines = []
+    for part in sorted(folder.glob("answers/*/*/completions-*.parquet")):
+        for row in pq.read_table(part, columns=["prompt", "completion"]).to_pylist():
+            lines.append(json.dumps({"part": part.parent.name, **row}, ensure_ascii=False) + "\n")
+    if lines:
+        write_file(folder / "samples.jsonl", "".join(lines).encode())
+
+
+# ---------------------------------------------------------------- results
+
+
+def write_results(study: Study) -> dict[str, Any]:
+    """Collect the cells of a study into `results.json`, and return it."""
+    results = collect_results(study)
+    write_file(study.output_dir / "results.json", (json.dumps(results, indent=1) + "\n").encode())
+    return results
+
+
+def collect_results(study: Study) -> dict[str, Any]:
+    """What is known of all cells: status, training, measures."""
+    cells = []
+    for cell in study.cells():
+        folder = cell_folder(study, cell)
+        relative = folder.relative_to(study.output_dir).as_posix()
+        failed = folder / "failed.json"
+        record = json.loads((folder / "cell.json").read_text()) if (folder / "cell.json").is_file() else {}
+        status = "done" if is_finished(study, cell) else "failed" if failed.is_file() else "missing"
+        cells.append(
+            {
+                "id": cell.id, "start": cell.start.name, "method": cell.label, "size": cell.size, "seed": cell.seed,
+                "status": status, "error": json.loads(failed.read_text())["error"] if status == "failed" else None,
+                "folder": relative, "train": record.get("train"), "evaluation_seconds": record.get("evaluation_seconds"),
+                "measures": _measures_of(study, cell), "versions": record.get("versions", {}),
+                "config": f"{relative}/cell.json" if record else None,
+                "samples": f"{relative}/samples.jsonl" if (folder / "samples.jsonl").is_file() else None,
+            }
+        )  # fmt: skip
+    methods = {
+        label: {
+            "method": arm.method.name, "title": arm.method.title, "paper": arm.method.paper, "kind": arm.method.kind,
+            "options": {**arm.method.options, **arm.options},
+        }
+        for label, arm in study.arms.items()
+    }  # fmt: skip
+    return as_json(
+        {
+            "study": study.name, "settings": study.settings, "environment": environment(),
+            "starts": {s.name: {"model": s.model, "sft": s.sft is not None, "chat": s.chat} for s in study.starts.values()},
+            "methods": methods, "sizes": sorted(study.sizes), "seeds": study.seeds, "cells": cells,
+        }
+    )  # fmt: skip
+
+
+def environment() -> dict[str, Any]:
+    """Versions and hardware, for the report."""
+    import psutil
+
+    memory = psutil.virtual_memory().total / 2**30
+    return {
+        "versions": library_versions(), "device": device_name(), "python": platform.python_version(),
+        "machine": f"{os.cpu_count()} cores, {memory:.0f} GiB",
+    }  # fmt: skip
+
+
+def device_name() -> str:
+    """The device that models run on."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+
+
+def _described(study: Study, cell: Cell) -> dict[str, Any]:
+    assert cell.arm is not None
+    assert cell.seed is not None
+    return as_json(training_settings(study.config(cell.arm, cell.size, cell.seed, "unused")))
+
+
+def _record_failure(study: Study, cell: Cell, error: str, text: str = "") -> None:
+    folder = cell_folder(study, cell)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_file(folder / "failed.json", json.dumps({"error": error, "traceback": text}, indent=2).encode())
+
+
+def _track(study: Study, cell: Cell, measures: dict[str, Any]) -> None:
+    """Give the measures to the trackers of `training.report_to`."""
+    trackers = study.training.get("report_to", "none")
+    trackers = [trackers] if isinstance(trackers, str) else list(trackers)
+    if trackers in (["none"], []):
+        return
+    from accelerate import Accelerator
+
+    folder = study.output_dir / "trackers"
+    accelerator = Accelerator(log_with=trackers, project_dir=str(folder), cpu=not torch.accelerator.is_available())
+    names = {"wandb": {"name": cell.id}, "trackio": {"name": cell.id}}
+    accelerator.init_trackers(
+        study.name if "tensorboard" not in trackers else f"{study.name}/{cell.id}",
+        init_kwargs={name: value for name, value in names.items() if name in trackers},
+    )
+    accelerator.log({name: m["value"] for name, m in measures.items() if m["value"] is not None}, step=0)
+    accelerator.end_training()
+
+
+@contextmanager
+def _memory_peak() -> Iterator[list[int]]:
+    """Largest memory while the block runs, in bytes: of the GPU, or of this process."""
+    peak = [0]
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        try:
+            yield peak
+        finally:
+            peak[0] = torch.cuda.max_memory_allocated()
+        return
+    import psutil
+
+    process, stop = psutil.Process(), threading.Event()
+
+    def watch() -> None:
+        while not stop.wait(0.05):
+            peak[0] = max(peak[0], process.memory_info().rss)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield peak
+    finally:
+        stop.set()
+        thread.join()
+        peak[0] = max(peak[0], process.memory_info().rss)
