@@ -25,6 +25,7 @@ from trl_ift.study.measures import Measure, mean_of
 from trl_ift.study.methods import KNOWN, as_chat, get_study_method, training_rows, unpaired_rows
 from trl_ift.study.plan import Study, StudyError
 from trl_ift.study.run import collect_results, load_trained, make_trainer, print_commands, run_cell, run_study
+from trl_ift.trl_internals import FusedCausalLMOutput
 
 
 @pytest.fixture(scope="module")
@@ -915,3 +916,73 @@ class TestBenchmarks:
         if judge == "local":
             assert found["mt_bench/unrated"]["value"] == 1.0  # it is no judge
             assert found["mt_bench/score"]["value"] is None
+
+
+class TestCard:
+    """One pair worked out by hand: log pi -42 and -55, reference -45 and -50, 20 and 25 tokens."""
+
+    class Model:
+        """Stands in for a model: gives the log-probabilities that it was told, in float64, spread over the labels."""
+
+        def __init__(self, *sums):
+            self.sums = list(sums)
+
+        def __call__(self, input_ids=None, labels=None, **_):
+            mask = labels[:, 1:] != -100
+            total = torch.tensor(self.sums.pop(0), dtype=torch.float64)
+            log_probs = torch.where(mask, (total / mask.sum(1))[:, None], 0.0).requires_grad_()
+            zeros = torch.zeros_like(log_probs)
+            return FusedCausalLMOutput(
+                log_probs=log_probs, entropy=zeros, mean_logits=zeros, is_top1=mask, label_mask=mask,
+                log_sum_sq_probs=zeros,
+            )  # fmt: skip
+
+    @pytest.fixture(scope="class")
+    def trainers(self, inputs, tmp_path_factory):
+        folder = tmp_path_factory.mktemp("card")
+        study = Study(settings(inputs, folder / "out", methods=["dpo", "ipo", "kto", "cpo"]))
+        start, found = study.starts["plain"], {}
+        for label, arm in study.arms.items():
+            config = study.config(arm, 8, 0, str(folder / label))
+            data = training_rows(arm.method.kind, study.rows_of(start, 8, 0), 4, 0)
+            found[label] = make_trainer(study, start, arm.method, start.model, config, data)
+        return found
+
+    def batch(self, lengths=(20, 25)):
+        width = 30
+        mask = torch.zeros(2, width, dtype=torch.long)
+        for row, length in enumerate(lengths):
+            mask[row, 2 : 2 + length] = 1
+        ids = torch.full((2, width), 5)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "completion_mask": mask}
+
+    @pytest.mark.parametrize(("label", "loss"), [("dpo", 0.3711006659), ("ipo", 21.6225)])
+    def test_pairs(self, trainers, label, loss):
+        trainer = trainers[label]
+        assert trainer.beta == 0.1
+        batch = self.batch() | {
+            "ref_chosen_logps": torch.tensor([-45.0], dtype=torch.float64),
+            "ref_rejected_logps": torch.tensor([-50.0], dtype=torch.float64),
+        }
+        trainer.precompute_ref_logps = trainer._reference_checked = True  # it is not the start here
+        found = trainer._compute_loss(self.Model([-42.0, -55.0]), batch, False)
+        assert found.item() == pytest.approx(loss, abs=1e-9)
+
+    def test_kto(self, trainers):
+        trainer = trainers["kto"]
+        batch = self.batch() | {
+            "label": torch.tensor([True, False]),
+            "ref_logps": torch.tensor([-45.0, -50.0], dtype=torch.float64),
+            "ref_KL_logps": torch.tensor([-10.0, -10.0], dtype=torch.float64),
+        }
+        batch |= {f"KL_{name}": batch[name] for name in ("input_ids", "attention_mask", "completion_mask")}
+        trainer.precompute_ref_logps = True
+        model = self.Model([-9.3, -9.3], [-42.0, -55.0])  # KL 0.7
+        assert trainer._compute_loss(model, batch, False).item() == pytest.approx(0.4019944851, abs=1e-9)
+
+    def test_cpo(self, trainers):
+        trainer = trainers["cpo"]
+        chosen, rejected = (torch.tensor([value], dtype=torch.float64) for value in (-42.0, -55.0))
+        losses = trainer.cpo_loss(chosen, rejected)[0]
+        assert losses.item() == pytest.approx(0.2410084538, abs=1e-9)
+        assert (losses + trainer.cpo_alpha * -chosen / 20).item() == pytest.approx(2.3410084538, abs=1e-9)

@@ -11,9 +11,7 @@ import re
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from importlib.util import find_spec
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -23,15 +21,12 @@ import yaml
 
 from ..data.report import _STYLE, _fenced, _markdown, _plot, _visible
 from ..data.shards import write_file
-from .measures import Measure, digest_of
-from .statistics import Difference, Interval, document_interval, holm, paired_difference, t_interval, verdict
+from .statistics import BASELINE, COLUMNS, Difference, Interval, Judged, Results, verdict
 
 
 FILES = ("report.html", "report.md")
-BASELINE = "start"
 SIGNS = {"better": "▲", "worse": "▼", "higher": "↑", "lower": "↓", "no difference shown": "≈", "": ""}
 
-_FIRST = ("preference_accuracy", "forward_kl", "neutral_nll", "answer_length")  # of the headline table
 _DRIFT = ("forward_kl", "chosen_drift", "rejected_drift", "neutral_nll")
 _RELATIVE = ("preference_accuracy", "reward_margin", *_DRIFT[:3])  # to the start, where they are known
 _MEANING = {
@@ -45,15 +40,12 @@ _MEANING = {
     "answer_length": "length of the greedy answers to held-out prompts",
     "cut_answers": "greedy answers that did not end within the limit",
 }
-_MOST_COLUMNS = 6
 _LONG = 25  # rows; a longer table scrolls on the screen
 _MISSING = "–"
 # Dark enough on white, and apart for colour-blind readers; the markers differ too
 _COLORS = ("#0072b2", "#c04e00", "#007a5a", "#a8407f", "#333333", "#8a6500", "#6a51a3", "#2f8ac0")
 _MARKERS = "os^DvPX<>p*hd8H"
 _GREY = "#5b6570"
-
-_Judged = dict[tuple[str, str], tuple[Difference, float | None, str]]
 
 
 @dataclass
@@ -187,78 +179,11 @@ def report_text(results: dict[str, Any], width: int = 119) -> str:
     return _visible("\n".join(line.rstrip() for line in lines))
 
 
-# ---------------------------------------------------------------- numbers
+# ---------------------------------------------------------------- names
 
 
-class _Study:
-    """The results, by start, method, size and seed.
-
-    Attributes:
-        runs: Measures by name, of each done cell, by seed, by (start, method, size).
-        about: The first measure of each name: those of the headline table in its order, then the others as they come.
-        main: Names of the measures of the headline table.
-        primary: The measure that the answer is about; `None` without measures.
-        size: The largest size with a done cell.
-        problems: What kept measures from being compared.
-    """
-
-    def __init__(self, results: dict[str, Any]) -> None:
-        self.results, self.cells = results, results["cells"]
-        self.starts, self.methods = results["starts"], results["methods"]
-        self.sizes, self.seeds = sorted(results["sizes"]), results["seeds"]
-        self.problems: list[str] = []
-        self.runs: dict[tuple[str, str, int], dict[int | None, dict[str, Measure]]] = {}
-        for cell in (cell for cell in self.cells if cell["status"] == "done"):
-            found = {key: Measure.from_json(fields) for key, fields in (cell.get("measures") or {}).items() if fields}
-            place = (cell["start"], cell["method"], 0 if cell["method"] == BASELINE else cell["size"])
-            self.runs.setdefault(place, {})[cell["seed"]] = found
-        every = [run for runs in self.runs.values() for run in runs.values()]
-        _add_averages(every)
-        about = {key: measure for run in reversed(every) for key, measure in run.items()}
-        names = dict.fromkeys(key for run in every for key in run)
-        self.about = {key: about[key] for key in sorted(names, key=lambda key: _place(key, about[key]))}
-        self.main = [key for key, measure in self.about.items() if _place(key, measure) < 9][:_MOST_COLUMNS]
-        judged = [key for key in self.main if self.about[key].better]
-        self.primary = next(iter([*judged, *self.main, *self.about]), None)
-        self.size = max([size for _, _, size in self.runs if size] or self.sizes, default=0)
-        # Computed once, wherever they are shown
-        self.estimate, self.difference = cache(self._estimate), cache(self._difference)
-
-    def values(self, start: str, method: str, size: int, key: str) -> dict[int | None, Measure]:
-        """A measure of the done runs by seed, where it is finite."""
-        runs = self.runs.get((start, method, 0 if method == BASELINE else size), {})
-        return {seed: run[key] for seed, run in runs.items() if key in run and math.isfinite(run[key].value)}
-
-    def _estimate(self, start: str, method: str, size: int, key: str) -> tuple[Interval, int] | None:
-        """Mean with its interval, and the number of runs. Of one run it is an interval over documents."""
-        measures = list(self.values(start, method, size, key).values())
-        if not measures:
-            return None
-        found = t_interval([m.value for m in measures]) if len(measures) > 1 else document_interval(measures[0])
-        if found.low is not None and found.high is not None and measures[0].unit == "share":
-            found = Interval(found.mean, found.sd, max(found.low, 0.0), min(found.high, 1.0))
-        return found, len(measures)
-
-    def _difference(self, start: str, method: str, key: str, other: str) -> Difference | None:
-        """A method less another at the largest size, over the seeds that both have; `None` if they cannot be compared."""
-        a, b = (self.values(start, name, self.size, key) for name in (method, other))
-        pairs = [(a[seed], b[seed if seed in b else None]) for seed in a if seed in b or None in b]
-        try:
-            return paired_difference([x for x, _ in pairs], [y for _, y in pairs]) if pairs else None
-        except ValueError as error:
-            problem = f"From {start}, {method} and {other} are not compared. {error}"
-            self.problems += [] if problem in self.problems else [problem]
-            return None
-
-    def judged(self, key: str) -> _Judged:
-        """Every method against its start: difference, Holm-adjusted p-value and verdict, by (start, method)."""
-        places = [(start, method) for start in self.starts for method in self.methods]
-        return _judge({place: self.difference(*place, key, BASELINE) for place in places})
-
-    def compared(self, start: str) -> _Judged:
-        """Every two methods of a start on the primary measure."""
-        key = self.primary
-        return _judge({(a, b): self.difference(start, a, key, b) for a, b in combinations(self.methods, 2)})
+class _Study(Results):
+    """The results with the names that the report gives to their parts."""
 
     def label(self, key: str, unit: str = "") -> str:
         """Title of a measure, with its name where titles repeat."""
@@ -284,46 +209,6 @@ class _Study:
         return [(self.start_label(s), [row(s, method) for method in (*first, *self.methods)]) for s in self.starts]
 
 
-def _place(key: str, measure: Measure) -> int:
-    """Place of a measure: the headline table has those before 9."""
-    if key in _MEANING:
-        return _FIRST.index(key) if key in _FIRST else 9
-    return 5 if key.startswith("task/") else 6 if key.startswith("average/") else 7 if measure.better else 8
-
-
-def _add_averages(runs: list[dict[str, Measure]]) -> None:
-    """Add averages of the shares of right answers, by group and of all groups, to the runs that have them all.
-
-    An average is a measure like others: the documents of all its parts, weighted so that each part counts the same.
-    """
-    found = {key: measure for run in runs for key, measure in run.items() if _place(key, measure) in (5, 7)}
-    shares = [key for key, measure in found.items() if measure.unit == "share" and measure.better == "higher"]
-    groups: dict[str, list[str]] = {}
-    for key in shares:
-        groups.setdefault(found[key].group, []).append(key)
-    if len(groups) > 1:
-        groups["all groups"] = shares
-    for group, keys in groups.items():
-        for run in runs if len(keys) > 1 else ():
-            if not all(key in run for key in keys):
-                continue
-            parts = [run[key] for key in keys]
-            title = f"Average of {len(keys)} ({group})"
-            average = Measure(math.fsum(part.value for part in parts) / len(parts), title, group, "share", "higher")
-            if all(part.items and part.documents and not part.weights for part in parts):
-                items = tuple(value for part in parts for value in part.items or ())
-                weights = tuple(1 / len(part.items or ()) for part in parts for _ in part.items or ())
-                documents = digest_of([part.documents for part in parts])
-                average = Measure(average.value, title, group, "share", "higher", items, weights, documents)
-            run[f"average/{group}"] = average
-
-
-def _judge(differences: dict[tuple[str, str], Difference | None]) -> _Judged:
-    known = {place: difference for place, difference in differences.items() if difference}
-    adjusted = holm([difference.p for difference in known.values()])
-    return {place: (d, p, verdict(d, p)) for (place, d), p in zip(known.items(), adjusted, strict=True)}
-
-
 # ---------------------------------------------------------------- sentences
 
 
@@ -339,10 +224,10 @@ def _answer(study: _Study) -> list[str]:
     if key is None or not any(size for _, _, size in study.runs):
         return ["No trained cell is done yet: nothing can be said."]
     what = f"{study.label(key)} with {_count(study.size, 'pair')}."
-    sentences = [f"{what} {_claim(study, 'the start', study.judged(key))}"]
+    sentences = [f"{what} {_claim(study, 'the start', study.against_start(key))}"]
     for name, title in (("sft", "SFT on the same data"), ("dpo", "DPO")):
         other = next((label for label, method in study.methods.items() if method["method"] == name), None)
-        found: _Judged = {}
+        found: Judged = {}
         for start in study.starts if other else ():
             for (a, b), (_, p, _) in study.compared(start).items():
                 method = b if a == other else a
@@ -354,7 +239,7 @@ def _answer(study: _Study) -> list[str]:
     return sentences
 
 
-def _claim(study: _Study, other: str, found: _Judged) -> str:
+def _claim(study: _Study, other: str, found: Judged) -> str:
     """What is shown of the methods against another one, and what is not."""
     tested = {place: entry for place, entry in found.items() if entry[0].low is not None}
     if not tested:
@@ -395,7 +280,9 @@ def _warnings(study: _Study) -> list[str]:
     few = [study.label(key) for key, measure in study.about.items() if 0 < len(measure.items or ()) < 30]
     if few:
         warnings.append(f"Fewer than 30 documents, too few for their intervals to be trusted: {_listed(few)}.")
-    return warnings + study.problems
+    for found in study.problems.values():
+        warnings.append(f"Not compared: {_listed(list(found))}. {next(iter(found.values()))}")
+    return warnings
 
 
 # ---------------------------------------------------------------- tables of measures
@@ -408,7 +295,7 @@ def _headline(study: _Study) -> _Section:
 
 def _measure_table(study: _Study, keys: Sequence[str], title: str = "", change: str = "") -> _Table:
     """All methods at the largest size, with a sign against the start; of the measure `change`, what changed."""
-    said = {key: study.judged(key) for key in keys}
+    said = {key: study.against_start(key) for key in keys}
 
     def row(start: str, method: str) -> list[_Cell]:
         cells = [_Cell(study.row_label(start, method))]
@@ -441,7 +328,7 @@ def _estimate_cell(study: _Study, start: str, method: str, size: int, key: str) 
         return _Cell(_amounts([interval.mean], unit)[0] + _mark(unit), "no interval")
     mean, low, high = _amounts([interval.mean, interval.low, interval.high], unit)
     if interval.low == interval.high:
-        same = "every document" if runs == 1 else f"the same in {runs} runs"
+        same = "no spread" if runs == 1 else f"no spread, {runs} runs"
         return _Cell(mean + _mark(unit), "by definition" if method == BASELINE and key in _RELATIVE else same)
     return _Cell(mean + _mark(unit), f"[{low}, {high}]{'†' if runs == 1 else ''}")
 
@@ -490,13 +377,13 @@ def _measures(study: _Study) -> _Section:
         groups.setdefault(study.about[key].group, []).append(key)
     tables: list[dict[str, list[str]]] = []  # small groups share one
     for group, keys in groups.items():
-        if not tables or sum(map(len, tables[-1].values())) + len(keys) > _MOST_COLUMNS:
+        if not tables or sum(map(len, tables[-1].values())) + len(keys) > COLUMNS:
             tables.append({})
         tables[-1][group] = keys
     for table in tables:
         title, keys = ", ".join(table), [key for keys in table.values() for key in keys]
-        for i in range(0, len(keys), _MOST_COLUMNS):
-            part = keys[i : i + _MOST_COLUMNS]
+        for i in range(0, len(keys), COLUMNS):
+            part = keys[i : i + COLUMNS]
             section.blocks.append(_measure_table(study, part, f"{title[:1].upper()}{title[1:]}."))
     return section
 
@@ -580,7 +467,9 @@ def _setup(study: _Study) -> _Section:
     for key, measure in study.about.items():
         better = f"{measure.better} is better" if measure.better else "neither is better"
         documents = f"{len(measure.items):,}" if measure.items else _MISSING
-        measures.append(_row(study.label(key), _MEANING.get(key, key), measure.unit, better, documents))
+        parts = ", ".join(study.label(part) for part in study.averages.get(key, ()))
+        meaning = f"mean of {parts}" if parts else _MEANING.get(key, key)
+        measures.append(_row(study.label(key), meaning, measure.unit, better, documents))
     environment = study.results.get("environment") or {}
     versions = ", ".join(f"{name} {version}" for name, version in (environment.get("versions") or {}).items())
     facts = [_row(str(n), versions if n == "versions" else str(v)) for n, v in environment.items()]
@@ -633,7 +522,8 @@ def _span(study: _Study, key: str) -> tuple[float, float]:
     for start in study.starts:
         means += [interval.mean for points in _lines(study, start, key).values() for _, interval in points]
     room = 0.4 * (max(means) - min(means)) or 0.1 * abs(means[0]) or 1.0
-    return min(means) - room, max(means) + room
+    low, high = min(means) - room, max(means) + room
+    return (max(low, -0.02), min(high, 1.02)) if study.about[key].unit == "share" else (low, high)
 
 
 def _lines(study: _Study, start: str, key: str) -> dict[str, list[tuple[int, Interval]]]:
@@ -711,6 +601,7 @@ def _drift_figure(study: _Study, i: int, start: str, key: str) -> _Figure | None
     paths = {method: points for method, points in paths.items() if points}
     if not paths:
         return None
+    low, high = (scale * limit for limit in _span(study, key))
 
     def draw(figure: Any) -> None:
         figure.set_size_inches(5, 3 + 0.2 * math.ceil(len(paths) / 3))  # room for the legend
@@ -722,12 +613,12 @@ def _drift_figure(study: _Study, i: int, start: str, key: str) -> _Figure | None
             axes.plot(
                 x.mean, scale * y.mean, **look | {"linestyle": ""}, markersize=8, label=_cut(_visible(method), 18)
             )
-        axes.margins(0.15, 0.4)
-        limits = axes.get_xlim(), axes.get_ylim()  # of the means: intervals over few seeds can be far wider
+        axes.margins(0.15)
+        limits = axes.get_xlim()  # of the means
         for method, points in paths.items():
             (x, y), color = points[-1], _look(study, method)["color"]
             axes.errorbar(x.mean, scale * y.mean, _bars(y, scale), _bars(x, 1), color=color, linewidth=0.8, alpha=0.6)
-        axes.set(xlabel=_axis(study, "forward_kl"), ylabel=_axis(study, key), xlim=limits[0], ylim=limits[1])
+        axes.set(xlabel=_axis(study, "forward_kl"), ylabel=_axis(study, key), xlim=limits, ylim=(low, high))
         figure.legend(loc="outside lower center", ncols=3, frameon=False, columnspacing=1.2)
 
     facts = (

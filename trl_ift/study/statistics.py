@@ -1,16 +1,23 @@
-"""The statistics of a study: intervals, paired differences, and what they allow to say. Needs numpy only."""
+"""The statistics of a study: intervals, paired differences, what they allow to say, and the results ordered for that."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, replace
+from functools import cache, lru_cache
+from itertools import combinations
 from statistics import NormalDist
+from typing import Any
 
 import numpy as np
 
-from .measures import Measure
+from .measures import Measure, digest_of
 
 
+BASELINE = "start"  # the start itself, as a method
+# Measures of the headline table, and those that stay out of it
+FIRST = ("preference_accuracy", "forward_kl", "neutral_nll", "answer_length")
+LATER = ("reward_margin", "chosen_drift", "rejected_drift", "cut_answers")
+COLUMNS = 6
 # Numbers of a block of resamples that are held in memory at a time
 _BLOCK = 2_000_000
 # With more documents the draws of a bootstrap are normal, and drawing them one by one takes seconds
@@ -56,6 +63,10 @@ class Difference:
     kind: str
     better: str | None = None
     unit: str = "score"
+
+
+# Difference, Holm-adjusted p-value and verdict, by pairs of names
+Judged = dict[tuple[str, str], tuple[Difference, float | None, str]]
 
 
 # ---------------------------------------------------------------- Student's t
@@ -214,6 +225,12 @@ def paired_difference(
     value = float(each.mean())
     influence = _influence(x, u) - _influence(y, v)
     of_documents, of_seeds, degrees = _variances(each, influence)
+    kind = "documents and seeds" if seeds > 1 else "documents"
+    if unit == "share" and value and not of_documents + of_seeds:
+        pick = min if value > 0 else max  # the wider bound on the side of 0
+        least, most = pick(-y.max(), x.min() - 1), pick(1 - y.min(), x.max())
+        low, high, p = _without_spread(value, least, most, documents, level)
+        return Difference(value, low, high, p, documents, seeds, kind, better, unit)
     rng = np.random.default_rng([seed, documents, seeds])
     if documents > _MANY:
         deviations = math.sqrt(of_documents) * rng.standard_normal(resamples)
@@ -233,8 +250,20 @@ def paired_difference(
     low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
     tail = min(int((draws <= 0).sum()), int((draws >= 0).sum()))
     p = min(1.0, 2 * (1 + tail) / (1 + len(draws)))
-    kind = "documents and seeds" if seeds > 1 else "documents"
     return Difference(value, float(low), float(high), p, documents, seeds, kind, better, unit)
+
+
+def _without_spread(
+    value: float, least: float, most: float, documents: int, level: float
+) -> tuple[float, float, float]:
+    """Interval and p-value of a difference that all documents share, of which no draw differs.
+
+    They are those of the share of documents that differ and were not seen, whose differences may be `least` or `most`.
+    """
+    unseen = 1 - ((1 - level) / 2) ** (1 / documents)
+    needed = value / (value - (least if value > 0 else most))  # share of them that would make the difference 0
+    p = min(1.0, 2 * (1 - needed) ** documents)
+    return float(value - unseen * (value - least)), float(value + unseen * (most - value)), float(p)
 
 
 def _variances(each: np.ndarray, influence: np.ndarray) -> tuple[float, float, float]:
@@ -337,3 +366,128 @@ def verdict(difference: Difference, adjusted_p: float | None) -> str:
 def _check_level(level: float) -> None:
     if not 0 < level < 1:
         raise ValueError(f"`level` must be between 0 and 1, found {level}.")
+
+
+# ---------------------------------------------------------------- a study
+
+
+class Results:
+    """
+    The `results.json` of a study, by start, method, size and seed.
+
+    Args:
+        results (`dict`):
+            Its contents.
+
+    Attributes:
+        runs: Measures by name, of each done cell, by seed, by (start, method, size).
+        about: The first measure of each name: those of the headline table in its order, then the others as they come.
+        main: Names of the measures of the headline table.
+        primary: The measure that the answer is about; `None` without measures.
+        size: The largest size with a done cell.
+        averages: Names of the measures that an average is of, by its name.
+        problems: What kept runs from being compared, by measure and run.
+    """
+
+    def __init__(self, results: dict[str, Any]) -> None:
+        self.results, self.cells = results, results["cells"]
+        self.starts, self.methods = results["starts"], results["methods"]
+        self.sizes, self.seeds = sorted(results["sizes"]), results["seeds"]
+        self.problems: dict[str, dict[str, str]] = {}
+        self.runs: dict[tuple[str, str, int], dict[int | None, dict[str, Measure]]] = {}
+        for cell in (cell for cell in self.cells if cell["status"] == "done"):
+            found = {key: Measure.from_json(fields) for key, fields in (cell.get("measures") or {}).items() if fields}
+            place = (cell["start"], cell["method"], 0 if cell["method"] == BASELINE else cell["size"])
+            self.runs.setdefault(place, {})[cell["seed"]] = found
+        every = [run for runs in self.runs.values() for run in runs.values()]
+        self.averages = _add_averages(every)
+        about = {key: measure for run in reversed(every) for key, measure in run.items()}
+        names = dict.fromkeys(key for run in every for key in run)
+        self.about = {key: about[key] for key in sorted(names, key=lambda key: _place(key, about[key]))}
+        self.main = [key for key, measure in self.about.items() if _place(key, measure) < 9][:COLUMNS]
+        judged = [key for key in self.main if self.about[key].better]
+        self.primary = next(iter([*judged, *self.main, *self.about]), None)
+        self.size = max([size for _, _, size in self.runs if size] or self.sizes, default=0)
+        # Computed once, wherever they are shown
+        self.estimate, self.difference = cache(self._estimate), cache(self._difference)
+
+    def values(self, start: str, method: str, size: int, key: str) -> dict[int | None, Measure]:
+        """A measure of the done runs by seed, where it is finite."""
+        runs = self.runs.get((start, method, 0 if method == BASELINE else size), {})
+        return {seed: run[key] for seed, run in runs.items() if key in run and math.isfinite(run[key].value)}
+
+    def _estimate(self, start: str, method: str, size: int, key: str) -> tuple[Interval, int] | None:
+        """Mean with its interval, and the number of runs. Of one run it is an interval over documents."""
+        measures = list(self.values(start, method, size, key).values())
+        if not measures:
+            return None
+        found = t_interval([m.value for m in measures]) if len(measures) > 1 else document_interval(measures[0])
+        if found.low is not None and found.high is not None and measures[0].unit == "share":
+            found = Interval(found.mean, found.sd, max(found.low, 0.0), min(found.high, 1.0))
+        return found, len(measures)
+
+    def _difference(self, start: str, method: str, key: str, other: str) -> Difference | None:
+        """A method less another at the largest size, over the seeds that both have; `None` if they cannot be compared."""
+        a, b = (self.values(start, name, self.size, key) for name in (method, other))
+        pairs = [(a[seed], b[seed if seed in b else None]) for seed in a if seed in b or None in b]
+        try:
+            return paired_difference([x for x, _ in pairs], [y for _, y in pairs]) if pairs else None
+        except ValueError as error:
+            self.problems.setdefault(key, {}).setdefault(f"{method} from {start}", str(error))
+            return None
+
+    def against_start(self, key: str) -> Judged:
+        """Every method against its start: difference, Holm-adjusted p-value and verdict, by (start, method)."""
+        places = [(start, method) for start in self.starts for method in self.methods]
+        return _judged({place: self.difference(*place, key, BASELINE) for place in places})
+
+    def compared(self, start: str) -> Judged:
+        """Every two methods of a start on the primary measure."""
+        key = self.primary
+        return _judged({(a, b): self.difference(start, a, key, b) for a, b in combinations(self.methods, 2)})
+
+
+def _place(key: str, measure: Measure) -> int:
+    """Place of a measure: the headline table has those before 9."""
+    if key in FIRST or key in LATER:
+        return FIRST.index(key) if key in FIRST else 9
+    return 5 if key.startswith("task/") else 6 if key.startswith("average/") else 7 if measure.better else 8
+
+
+def _add_averages(runs: list[dict[str, Measure]]) -> dict[str, list[str]]:
+    """Add averages of the shares of right answers, by group and of all groups, to the runs that have them all.
+
+    An average is a measure like others: the documents of all its parts, weighted so that each part counts the same. A task
+    counts once, whatever its metrics, and the parts of a benchmark that is there as a whole do not count. Returns the parts.
+    """
+    found = {key: measure for run in runs for key, measure in run.items() if _place(key, measure) in (5, 7)}
+    shares: dict[str, str] = {}
+    for key, measure in found.items():
+        if measure.unit == "share" and measure.better == "higher":
+            shares.setdefault("/".join(key.split("/")[:2]), key)
+    wholes = tuple(f"{name}_" for name in shares if name.startswith("lm_eval/"))
+    groups: dict[str, list[str]] = {}
+    for name, key in shares.items():
+        if not name.startswith(wholes):
+            groups.setdefault(found[key].group, []).append(key)
+    if len(groups) > 1:
+        groups["all groups"] = [key for keys in groups.values() for key in keys]
+    groups = {group: keys for group, keys in groups.items() if len(keys) > 1}
+    for group, keys in groups.items():
+        for run in (run for run in runs if all(key in run for key in keys)):
+            parts = [run[key] for key in keys]
+            value = math.fsum(part.value for part in parts) / len(parts)
+            average = Measure(value, f"Average of {len(keys)} ({group})", group, "share", "higher")
+            if all(part.items and part.documents and not part.weights for part in parts):
+                items = tuple(value for part in parts for value in part.items or ())
+                weights = tuple(1 / len(part.items or ()) for part in parts for _ in part.items or ())
+                documents = digest_of([part.documents for part in parts])
+                average = replace(average, items=items, weights=weights, documents=documents)
+            run[f"average/{group}"] = average
+    return {f"average/{group}": keys for group, keys in groups.items()}
+
+
+def _judged(differences: dict[tuple[str, str], Difference | None]) -> Judged:
+    known = {place: difference for place, difference in differences.items() if difference}
+    adjusted = holm([difference.p for difference in known.values()])
+    return {place: (d, p, verdict(d, p)) for (place, d), p in zip(known.items(), adjusted, strict=True)}
