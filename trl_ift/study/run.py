@@ -633,10 +633,15 @@ def collect_results(study: Study) -> dict[str, Any]:
     return as_json(
         {
             "study": study.name, "settings": study.settings, "environment": environment(),
-            "starts": {s.name: {"model": s.model, "sft": s.sft is not None, "chat": s.chat} for s in study.starts.values()},
+            "starts": {s.name: {"model": _shown(s.model), "sft": s.sft is not None, "chat": s.chat} for s in study.starts.values()},
             "methods": methods, "sizes": sorted(study.sizes), "seeds": study.seeds, "cells": cells,
         }
     )  # fmt: skip
+
+
+def _shown(model: str) -> str:
+    """The name of a model without the folders of this machine."""
+    return Path(model).resolve().name if Path(model).is_dir() else model
 
 
 def environment() -> dict[str, Any]:
