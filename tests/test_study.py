@@ -114,29 +114,37 @@ class TestUnpairedRows:
             assert not any(batch["label"][1::2])
 
 
-def test_cpo_sees_the_prompts_that_dpo_sees(inputs, tmp_path):
-    """TRL's CPO and ORPO would prepend a beginning-of-sequence token that no other trainer has."""
+@pytest.mark.parametrize("chat", [False, True])
+def test_cpo_sees_the_tokens_that_dpo_sees(chat, inputs, tmp_path):
+    """Left to themselves, TRL's CPO and ORPO prepend a beginning-of-sequence token, and append an end to chat answers."""
     from transformers import AutoTokenizer
 
     folder = tmp_path / "model"
     tokenizer = AutoTokenizer.from_pretrained(inputs["model"])
-    tokenizer.bos_token = "<|im_start|>"
+    tokenizer.bos_token = "<|endoftext|>"
     tokenizer.save_pretrained(folder)
     for file in Path(inputs["model"]).glob("*"):
         if not (folder / file.name).exists():
             (folder / file.name).write_bytes(file.read_bytes())
-    study = Study(
-        settings(inputs, tmp_path / "out", starts={"plain": {"model": str(folder)}}, methods=["dpo", "cpo", "orpo"])
-    )
+    starts = {"plain": {"model": str(folder), "chat": chat}}
+    study = Study(settings(inputs, tmp_path / "out", starts=starts, methods=["dpo", "cpo", "orpo", "simpo"]))
     start, found = study.starts["plain"], {}
     for label, arm in study.arms.items():
         data = training_rows("pairs", study.rows_of(start, 4, 0), 4, 0)
         config = study.config(arm, 4, 0, str(tmp_path / label))
-        row = make_trainer(study, start, arm.method, start.model, config, data).train_dataset[0]
-        prompt = row["prompt_ids"] if label == "dpo" else row["prompt_input_ids"]
-        whole = prompt + row["chosen_ids"] if label == "dpo" else row["chosen_input_ids"]
-        found[label] = (list(prompt), list(whole))
-    assert found["cpo"] == found["orpo"] == found["dpo"]
+        trainer = make_trainer(study, start, arm.method, start.model, config, data)
+        batch = next(iter(trainer.get_train_dataloader()))
+        if label == "dpo":
+            ids, labels = batch["input_ids"], batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
+            mask = batch["attention_mask"]
+        else:
+            joined = trainer.concatenated_inputs(batch, padding_value=trainer.processing_class.pad_token_id)
+            ids, labels, mask = (joined[f"concatenated_{name}"] for name in ("input_ids", "labels", "attention_mask"))
+        found[label] = sorted(
+            (row[m.bool()].tolist(), target[m.bool()].tolist())
+            for row, target, m in zip(ids, labels, mask, strict=True)
+        )
+    assert found["cpo"] == found["orpo"] == found["simpo"] == found["dpo"]
 
 
 @pytest.mark.parametrize("label", ["dpo", "ipo", "kto"])
@@ -209,8 +217,17 @@ class TestGrid:
         assert not self.changed(inputs, tmp_path, training=training, name="other")
         assert not self.changed(inputs, tmp_path, evaluation={"pairs": {"rows": 3}})
         assert not self.changed(
-            inputs, tmp_path, sizes=[8, 16, 24], seeds=[0, 1], methods=["sft", "dpo", "kto", "ipo"]
+            inputs, tmp_path, sizes=[8, 16, 24], seeds=[0, 1], methods=["sft", "dpo", "kto", "ipo", "tpo"]
         )
+
+    def test_samples_of_small_sizes_do_not_depend_on_larger_ones(self, inputs, tmp_path):
+        def keys(sizes):
+            return self.keys(inputs, tmp_path, methods=["spin", "mpo"], sizes=sizes)
+
+        first, larger, between = keys([8, 16]), keys([8, 16, 24]), keys([8, 12, 16])
+        assert all(larger[cell] == key for cell, key in first.items())
+        changed = {cell for cell, key in first.items() if between[cell] != key}
+        assert {cell[2] for cell in changed} == {16}  # their prompts are sampled in other batches
 
     def test_a_method_changes_its_own_cells(self, inputs, tmp_path):
         methods = {"sft": None, "dpo": {"beta": 0.3}, "kto": None}
@@ -300,6 +317,7 @@ class TestBadInput:
                 "`training.beta` is no option of SFTConfig. Options of one method belong under it",
             ),
             ({"training": {"max_steps": 3}}, "`training.max_steps` is set by the study itself"),
+            ({"training": {"hub_token": "x"}}, "`training.hub_token` is set by the study itself, or not for it"),
             ({"sizes": []}, "must list numbers of preference pairs"),
             ({"sizes": [0]}, "must list numbers of preference pairs"),
             ({"sizes": [999]}, r"`sizes` asks for 999 pairs, but `data.train` \(.*\) has 26. Lower it"),
@@ -334,8 +352,10 @@ class TestBadInput:
 
     def test_gold_answers(self, inputs, tmp_path):
         rows = [{k: v for k, v in r.items() if k != "reference"} for r in read_rows(inputs["train"])]
+        test = [{k: v for k, v in r.items() if k != "reference"} for r in read_rows(inputs["test"])]
         data = {"train": write_rows(tmp_path / "x.jsonl", rows), "sft": inputs["sft"]}
-        changes = {"methods": ["tpo"], "evaluation": {"neutral": {"data": inputs["neutral"]}}}
+        data["test"] = write_rows(tmp_path / "test.jsonl", test)  # held-out pairs need none
+        changes = {"methods": ["tpo"]}
         with pytest.raises(
             StudyError, match=r"has no column 'reference', the gold answer that triples need.*gold: chosen"
         ):
@@ -370,6 +390,24 @@ class TestBadInput:
         ):
             Study(settings(inputs, tmp_path, methods=methods)).check()
 
+    def test_held_out_prompts_without_room(self, inputs, tmp_path):
+        evaluation = {"pairs": {}, "max_length": 12}
+        with pytest.raises(StudyError, match=r"`data.test` .*the prompt fills `evaluation.max_length: 12`"):
+            Study(settings(inputs, tmp_path, evaluation=evaluation)).check()
+
+    def test_splits(self, inputs, tmp_path):
+        folder = tmp_path / "data"
+        folder.mkdir()
+        rows = read_rows(inputs["train"])
+        write_rows(folder / "train.jsonl", rows[:5])
+        write_rows(folder / "validation.jsonl", rows[5:8])
+        data = {"train": str(folder), "test": str(folder), "sft": inputs["sft"]}
+        study = Study(settings(inputs, tmp_path, data=data))
+        assert (len(study.rows), len(study.test_rows)) == (5, 3)
+        data["train"] = {"name": str(folder), "split": "train_prefs"}
+        with pytest.raises(StudyError, match=r"has no split 'train_prefs'; it has: 'train', 'validation'"):
+            _ = Study(settings(inputs, tmp_path, data=data)).rows
+
     def test_prompts_without_room(self, inputs, tmp_path):
         training = settings(inputs, tmp_path)["training"] | {"max_length": 12}
         with pytest.raises(StudyError, match=r"the prompt fills `training.max_length: 12`"):
@@ -378,7 +416,10 @@ class TestBadInput:
     def test_data_limits(self, inputs, tmp_path):
         data = settings(inputs, tmp_path)["data"]
         assert 0 < len(Study(settings(inputs, tmp_path, data=data | {"max_tokens": 30})).rows) < 26
-        with pytest.raises(StudyError, match="No row of `data.train` .* has at most `data.max_tokens: 2` tokens"):
+        with pytest.raises(
+            StudyError,
+            match="No row of `data.train` .* has two different answers and at most `data.max_tokens: 2` tokens",
+        ):
             _ = Study(settings(inputs, tmp_path, data=data | {"max_tokens": 2})).rows
 
     def test_file(self, tmp_path):
@@ -484,6 +525,8 @@ class TestRun:
         assert not [name for name in names if name.endswith((".bin", ".pt", ".pkl"))]
         record = next(study.output_dir.glob("cells/plain-dpo-*/cell.json")).read_text()
         assert json.loads(record)["config"]["beta"] == 0.1
+        results = collect_results(study)
+        assert results["starts"]["plain"]["model"] == "model"
 
     def test_start_is_measured_against_itself(self, finished):
         for start in ("plain", "sft"):
@@ -581,7 +624,7 @@ class TestRun:
         tokenizer = trainers[-1].processing_class
         for part in PARTS:
             found = evaluate_part(part, model, tokenizer, study.held_out, scores, tmp_path / part)
-            stored = json.loads(module._part_file(study, cell, part).read_text())
+            stored = json.loads(module._part_file(study, cell, part).read_text())["measures"]
             assert {name: m.to_json() for name, m in found.items()} == json.loads(json.dumps(stored))
         assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
         assert model.training
@@ -600,6 +643,33 @@ class TestRun:
         assert all(cell["train"]["steps"] == 2 for label, cell in cells.items() if label != "start")
         margins = {label: values(cell)["reward_margin"] for label, cell in cells.items()}
         assert len(set(margins.values())) == len(margins), "two methods did the same"
+
+    @pytest.mark.parametrize("options", [{"ld_alpha": 0.5}, {"sync_ref_model": True}])
+    def test_references_that_cannot_be_stored(self, inputs, tmp_path, options):
+        starts = {"plain": {"model": inputs["model"]}}
+        study = Study(
+            settings(inputs, tmp_path / "out", methods={"dpo": options}, sizes=[8], peft=None, starts=starts)
+        )
+        assert {cell["error"] for cell in run_study(study)["cells"]} == {None}
+        assert not list(study.output_dir.glob("stages/reference-*"))
+
+    def test_partial_batches_and_epochs(self, inputs, tmp_path, tokenizer):
+        """10 rows in batches of 4, two epochs and one step: 24 rows."""
+        methods = {"sft": {"budget": {"steps": 7}}}
+        study = Study(
+            settings(
+                inputs, tmp_path / "out", methods=methods, sizes=[10], starts={"plain": {"model": inputs["model"]}}
+            )
+        )
+        train = by_label(run_study(study), size=10)["sft"]["train"]
+        assert (train["steps"], train["sequences"]) == (7, 24)
+        a_row = sum(len(tokenizer(row["prompt"] + row["chosen"])["input_ids"]) + 1 for row in study.subset(10, 0)) / 10
+        assert train["tokens"] == round(24 * a_row)
+
+    def test_tokens_of_kto_are_those_of_dpo(self, finished):
+        cells = by_label(finished[1])
+        assert cells["kto"]["train"]["tokens"] == cells["dpo"]["train"]["tokens"]
+        assert cells["kto"]["train"]["sequences"] == cells["dpo"]["train"]["sequences"]
 
     def test_reference_log_probs_are_shared(self, inputs, tmp_path, monkeypatch):
         """Without adapters: computed once for the largest subset, and what each trainer would compute for itself."""
@@ -651,6 +721,75 @@ class TestFailures:
         study = Study(settings(inputs, tmp_path / "out", sizes=[8], methods=methods, starts=starts))
         error = by_label(run_study(study), size=8)["dpo"]["error"]
         assert re.search("is no finite number: the training diverged. Lower its learning rate", error)
+
+    def test_weights_that_are_gone(self, inputs, tmp_path):
+        """They are not taken for those of the start."""
+        base = settings(
+            inputs, tmp_path / "out", methods=["dpo"], sizes=[8], starts={"plain": {"model": inputs["model"]}}
+        )
+        study = Study(base)
+        cell = study.cells()[1]
+        assert run_cell(study, cell) == "done"
+        (module.cell_folder(study, cell) / "model" / "adapter_model.safetensors").unlink()
+        other = Study(base | {"evaluation": {"pairs": {"rows": 3}}})
+        assert run_cell(other, cell) == "failed"
+        error = json.loads((module.cell_folder(study, cell) / "failed.json").read_text())["error"]
+        assert re.search("The weights of the cell are gone from .*To train it again, delete .*train.json", error)
+
+    def test_rows_that_a_trainer_drops(self, inputs, tmp_path, monkeypatch):
+        study = Study(
+            settings(
+                inputs, tmp_path / "out", methods=["dpo"], sizes=[8], starts={"plain": {"model": inputs["model"]}}
+            )
+        )
+        rows = study.rows_of
+
+        def with_equal_answers(*args):
+            found = [dict(row) for row in rows(*args)]
+            found[0]["rejected"] = found[0]["chosen"]
+            return found
+
+        monkeypatch.setattr(study, "rows_of", with_equal_answers)
+        cell = study.cells()[1]
+        assert run_cell(study, cell) == "failed"
+        error = json.loads((module.cell_folder(study, cell) / "failed.json").read_text())["error"]
+        assert "the trainer has dropped 1 of 8 rows" in error
+
+    def test_equal_and_empty_answers_are_left_out(self, inputs, tmp_path, capsys):
+        rows = read_rows(inputs["train"])
+        rows[0]["rejected"], rows[1]["chosen"] = rows[0]["chosen"] + " ", "  "
+        data = {"train": write_rows(tmp_path / "x.jsonl", rows), "test": inputs["test"], "sft": inputs["sft"]}
+        assert len(Study(settings(inputs, tmp_path, data=data)).rows) == 24
+        assert "2 of 26 rows are left out: equal or empty answers" in capsys.readouterr().out
+
+    def test_less_memory_for_the_evaluation(self, inputs, tmp_path, monkeypatch):
+        """After a lack of memory, smaller batches go on, with answers of their own."""
+        base = settings(
+            inputs, tmp_path / "out", methods=["dpo"], sizes=[8], starts={"plain": {"model": inputs["model"]}}
+        )
+        study = Study(base)
+        cell, generate = study.cells()[1], module._evaluate
+
+        def failing(study, cell, part, *args):
+            generate(study, cell, part, *args)
+            if part == "answers":
+                raise RuntimeError("out of memory")
+
+        monkeypatch.setattr(module, "_evaluate", failing)
+        assert run_cell(study, cell) == "failed"
+        monkeypatch.undo()
+        smaller = Study(base | {"evaluation": base["evaluation"] | {"batch_tokens": 512}})
+        assert smaller.cells()[1] == cell
+        assert run_cell(smaller, cell) == "done"
+
+    def test_a_tracker_that_fails(self, inputs, tmp_path, monkeypatch, capsys):
+        def failing(*args):
+            raise OSError("no network")
+
+        monkeypatch.setattr(module, "_track", failing)
+        study = Study(settings(inputs, tmp_path / "out", methods=["dpo"], sizes=[8], evaluation={"pairs": {}}))
+        assert run_cell(study, study.cells()[0]) == "done"
+        assert "were not logged: OSError: no network" in capsys.readouterr().out
 
     def test_interrupt(self, inputs, tmp_path, monkeypatch, capsys):
         def interrupted(*args):
@@ -755,6 +894,19 @@ class TestExecutors:
         for name, cell in found.items():
             assert cell["status"] == "done"
             assert cell["measures"] == first[name]["measures"]
+
+    def test_settings_for_other_folders(self, inputs, tmp_path, monkeypatch):
+        monkeypatch.chdir(Path(inputs["train"]).parent)
+        monkeypatch.setenv("NAME", "model")
+        written = settings(inputs, "out", starts={"plain": {"model": "$NAME"}})
+        written["data"] = {name: Path(path).name for name, path in written["data"].items()}
+        study = Study(written)
+        keys = [cell.key for cell in study.cells()]
+        moved = study.absolute_settings()
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.delenv("NAME")
+        assert [cell.key for cell in Study(moved).cells()] == keys
+        assert Path(moved["output_dir"]) == Path(inputs["train"]).parent / "out"
 
     def test_unknown(self, finished):
         with pytest.raises(ValueError, match="`executor='slurm'` is not known"):

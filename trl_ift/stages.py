@@ -1,10 +1,12 @@
 """What commands of several stages share: the record of a run's settings, training that goes on by itself, messages."""
 
+import ctypes
 import gc
 import json
 import os
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -141,3 +143,5 @@ def free_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+    with suppress(OSError, AttributeError):  # of the machine: glibc keeps what was freed
+        ctypes.CDLL("libc.so.6").malloc_trim(0)

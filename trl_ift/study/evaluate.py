@@ -141,7 +141,7 @@ def score_start(
     samples: list[tuple[list[int], list[int], list[float]]] = []
     if held_out.kl_prompts:
         completions = generate_completions(
-            model, _prompts(held_out.kl_prompts), folder / "samples", processing_class=tokenizer,
+            model, _prompts(held_out.kl_prompts), folder / f"samples-{held_out.batch_tokens}", processing_class=tokenizer,
             max_new_tokens=held_out.kl_tokens, batch_tokens=held_out.batch_tokens, seed=held_out.seed, score=False,
         )  # fmt: skip
         ids = [(list(row["prompt_ids"]), list(row["completion_ids"])) for row in completions]

@@ -6,7 +6,6 @@ result, so that a change of the file repeats only what it concerns.
 """
 
 import hashlib
-import json
 import math
 import os
 import random
@@ -24,7 +23,7 @@ import yaml
 from ..checks import check_choice, check_model_source, check_peft, check_range
 from ..registry import METHODS
 from ..scripts.data import load_named
-from ..stages import as_json, training_settings
+from ..stages import as_json, say, training_settings
 from ..trl_internals import tokenize
 from .evaluate import PARTS, HeldOut, Task
 from .measures import digest_of
@@ -53,14 +52,9 @@ _JUDGED = (
 )  # fmt: skip
 # Options that the study sets itself
 _OWN_OPTIONS = (
-    "output_dir",
-    "seed",
-    "data_seed",
-    "max_steps",
-    "num_train_epochs",
-    "resume_from_checkpoint",
-    "run_name",
-)
+    "output_dir", "seed", "data_seed", "max_steps", "num_train_epochs", "resume_from_checkpoint", "run_name",
+    "overwrite_output_dir", "push_to_hub", "hub_model_id", "hub_token", "hub_strategy", "hub_private_repo",
+)  # fmt: skip
 
 
 class StudyError(ValueError):
@@ -150,6 +144,7 @@ class Study:
         for name in ("starts", "data", "methods"):
             if not settings.get(name):
                 raise StudyError(f"The study lacks `{name}:`.")
+        self._identities: dict[tuple[str, str | None], str] = {}
         self.name = str(settings.get("name") or "study")
         self.output_dir = Path(settings.get("output_dir") or self.name).expanduser()
         self.starts = {name: _start(name, value) for name, value in _mapping(settings["starts"], "starts").items()}
@@ -160,15 +155,16 @@ class Study:
         self.training = _mapping(settings.get("training") or {}, "training")
         if own := [name for name in _OWN_OPTIONS if name in self.training]:
             raise StudyError(
-                f"`training.{own[0]}` is set by the study itself. Drop it; the length is given by `budget:`."
+                f"`training.{own[0]}` is set by the study itself, or not for it. Drop it. (The length is given by `budget:`.)"
             )
         self.budget = _budget(settings.get("budget") or {"epochs": 1}, "budget")
         self.peft = settings.get("peft")
         self._methods = settings["methods"]
         self.model_options = _mapping(settings.get("model") or {}, "model")
         _check_keys(self.model_options, _MODEL, "model")
-        self.samples = {"max_new_tokens": 128} | dict(_mapping(settings.get("samples") or {}, "samples"))
-        _check_keys(self.samples, ("max_new_tokens",), "samples")
+        self.samples: dict[str, Any] = {"max_new_tokens": 128, "batch_tokens": 8192}
+        self.samples |= dict(_mapping(settings.get("samples") or {}, "samples"))
+        _check_keys(self.samples, ("max_new_tokens", "batch_tokens"), "samples")
         self.data = _mapping(settings["data"], "data")
         _check_keys(self.data, _DATA, "data")
         check_choice("data.gold", self.data.get("gold", "reference"), ("reference", "chosen"))
@@ -249,6 +245,16 @@ class Study:
                 raise StudyError(f"`{where}.{unknown[0]}` is no option of {method.config_class.__name__}.{hint}")
         return Arm(label, method, options, None if budget is None else _budget(budget, f"methods.{label}.budget"))
 
+    def options_as_written(self, label: str) -> dict[str, Any]:
+        """The options of a method as the file has them, with the variables of the environment unread."""
+        methods = self.settings["methods"]
+        written = (methods.get(label) if isinstance(methods, Mapping) else None) or {}
+        return {name: value for name, value in written.items() if name not in ("method", "budget")}
+
+    def absolute_settings(self) -> dict[str, Any]:
+        """The settings with variables read and paths made absolute, for a process in another folder."""
+        return _absolute(_expanded(self.settings) | {"output_dir": str(self.output_dir)})
+
     def peft_config(self) -> Any:
         """The `LoraConfig` of `peft:`, a new one each time; `None` for full fine-tuning."""
         if self.peft is None:
@@ -263,7 +269,7 @@ class Study:
     def model_init_kwargs(self, start: Start | None = None) -> dict[str, Any]:
         """Arguments of `from_pretrained` for the models of the study."""
         names = ("dtype", "attn_implementation", "trust_remote_code")
-        kwargs = {name: self.model_options[name] for name in names if name in self.model_options}
+        kwargs = {"dtype": "float32"} | {n: self.model_options[n] for n in names if n in self.model_options}
         return kwargs if start is None or start.revision is None else kwargs | {"revision": start.revision}
 
     def quantization_config(self) -> Any:
@@ -313,10 +319,9 @@ class Study:
         return rows[:number]
 
     def _preference_rows(self, part: str) -> list[Row]:
-        rows = self._load(part)
-        _check_columns(rows, ("prompt", "chosen", "rejected"), self._named(part))
-        columns = ["prompt", "chosen", "rejected"]
-        if any(arm.method.kind == "triples" for arm in self.arms.values()):
+        rows, columns = self._load(part), ["prompt", "chosen", "rejected"]
+        _check_columns(rows, columns, self._named(part))
+        if part == "train" and any(arm.method.kind == "triples" for arm in self.arms.values()):
             gold = self.data.get("gold", "reference")
             if gold not in rows[0]:
                 raise StudyError(
@@ -326,15 +331,19 @@ class Study:
             rows = [row | {"reference": row[gold]} for row in rows]
             columns.append("reference")
         rows = [{name: row[name] for name in columns} for row in rows]
+        trainable = [row for row in rows if _is_pair(row)]  # some trainers would drop the others
+        if len(trainable) < len(rows):
+            say(
+                f"{self._named(part)}: {len(rows) - len(trainable)} of {len(rows)} rows are left out: equal or empty answers."
+            )
         limit = self.data.get("max_tokens")
         if limit is not None:
             check_range("data.max_tokens", limit, 2, integer=True)
-            rows = [row for row in rows if self._longest(row) <= limit]
-            if not rows:
-                raise StudyError(
-                    f"No row of {self._named(part)} has at most `data.max_tokens: {limit}` tokens. Raise it."
-                )
-        return rows
+            trainable = [row for row in trainable if self._longest(row) <= limit]
+        if not trainable:
+            limited = "" if limit is None else f" and at most `data.max_tokens: {limit}` tokens"
+            raise StudyError(f"No row of {self._named(part)} has two different answers{limited}.")
+        return trainable
 
     @cached_property
     def tokenizers(self) -> dict[str, Any]:
@@ -349,25 +358,23 @@ class Study:
 
     def _longest(self, row: Row) -> int:
         """Tokens of the prompt with the longest of its answers, with the tokenizer that takes most."""
-        answers = [_as_text(value) for name, value in row.items() if name != "prompt"]
+        answers = [_as_text(row[name]) for name in ("chosen", "rejected")]
+        by_model = {(start.model, start.revision): self.tokenizers[start.name] for start in self.starts.values()}
         return max(
             len(tokenizer(_as_text(row["prompt"]) + answer)["input_ids"]) + 1
-            for tokenizer in {id(t): t for t in self.tokenizers.values()}.values()
+            for tokenizer in by_model.values()
             for answer in answers
         )
 
     def _load(self, part: str) -> list[Row]:
         if not self.data.get(part):
             raise StudyError(f"`data:` names no `{part}` dataset. Add `data: {{{part}: FILE}}`.")
-        splits = load_named(str(self.data[part]))
-        split = next((name for name in (part, "train", "test") if name in splits), None)
-        rows = list(splits[split]) if split else []
-        if not rows:
-            raise StudyError(f"{self._named(part)} has no rows.")
-        return rows
+        wanted = ("test", "validation") if part == "test" else ("train",)
+        return _load_rows(self.data[part], self._named(part), wanted)
 
     def _named(self, part: str) -> str:
-        return f"`data.{part}` ({self.data.get(part)})"
+        source = self.data.get(part)
+        return f"`data.{part}` ({source.get('name') if isinstance(source, Mapping) else source})"
 
     @property
     def _after_filter(self) -> str:
@@ -442,7 +449,7 @@ class Study:
         _check_keys(given, ("data", "column", "rows"), "evaluation.neutral")
         if "data" not in given:
             raise StudyError("`evaluation.neutral` names no `data`.")
-        rows = _load_rows(str(given["data"]), "evaluation.neutral.data")
+        rows = _load_rows(given["data"], "evaluation.neutral.data")
         column = given.get("column", "text")
         _check_columns(rows, (column,), f"`evaluation.neutral.data` ({given['data']})")
         texts = [_as_text(row[column]) for row in rows]
@@ -463,7 +470,7 @@ class Study:
         if "reasoning_gym" in given:
             pairs = _reasoning_gym(given, where)
         else:
-            rows = _load_rows(str(given["data"]), f"{where}.data")
+            rows = _load_rows(given["data"], f"{where}.data")
             answer = given.get("answer", "answer")
             _check_columns(rows, (answer,), f"`{where}.data` ({given['data']})")
             pairs = [(row, str(row[answer])) for row in rows]
@@ -507,16 +514,22 @@ class Study:
         limit = self.training.get("max_length", 1024)
         if limit is None:
             return
-        used = {index for seed in self.seeds for index in self._order(seed)[: max(self.sizes)]}
+        used = {index: self.rows[index] for seed in self.seeds for index in self._order(seed)[: max(self.sizes)]}
+        self._check_room(used, limit, "train", "training.max_length")
+        limit = self.held_out.max_length
+        if limit is not None:
+            self._check_room(dict(enumerate(self.held_out.pairs)), limit, "test", "evaluation.max_length")
+
+    def _check_room(self, rows: Mapping[int, Row], limit: int, part: str, option: str) -> None:
         for start in self.starts.values():
             tokenizer = self.tokenizers[start.name]
-            for index in used:
-                row = as_chat(self.rows[index]) if start.chat else self.rows[index]
+            for index, text in rows.items():
+                row = as_chat(text) if start.chat else text
                 options = {} if isinstance(row["prompt"], str) else {"add_generation_prompt": True}
                 if len(tokenize(tokenizer, row["prompt"], **options)["input_ids"]) >= limit:
                     raise StudyError(
-                        f"{self._named('train')}, row {index}: for the start '{start.name}' the prompt fills "
-                        f"`training.max_length: {limit}`. Raise it, or leave long rows out with `data: {{max_tokens: N}}`."
+                        f"{self._named(part)}, row {index}: for the start '{start.name}' the prompt fills "
+                        f"`{option}: {limit}`. Raise it, or leave long rows out with `data: {{max_tokens: N}}`."
                     )
 
     def _check_benchmarks(self) -> None:
@@ -563,12 +576,12 @@ class Study:
 
     def start_key(self, start: Start, seed: int | None) -> str:
         """Digest of everything that decides the weights of a start."""
-        base = [_FORMAT, model_identity(start.model, start.revision), self._shared_key(), start.chat]
+        base = [_FORMAT, self._identity(start), dict(self.model_options), start.chat]
         if start.sft is None:
             return digest_of([*base, "start"])
         rows = self.sft_subset(start, self._seed(seed))
         config = self.sft_config(start, self._seed(seed), "unused")
-        return digest_of([*base, "sft", self._resolved(config), digest_of(rows), seed])
+        return digest_of([*base, "sft", self._resolved(config), self._peft_key(), digest_of(rows), seed])
 
     def start_key_of(self, start: Start, seed: int) -> str:
         """Key of the start of a cell of that seed."""
@@ -577,17 +590,31 @@ class Study:
     def cell_key(self, start: Start, arm: Arm, size: int, seed: int) -> str:
         """Digest of everything that decides the weights of a cell."""
         config = self.config(arm, size, seed, "unused")
-        generated = self.samples if arm.method.kind in ("samples", "self-play") else None
+        rows: list[Any] = [[row[name] for name in ("prompt", "chosen", "rejected")] for row in self.subset(size, seed)]
+        if arm.method.kind == "triples":
+            rows.append([row["reference"] for row in self.subset(size, seed)])
+        sampled = arm.method.kind in ("samples", "self-play")
+        generated = [self.samples, self.sizes_up_to(size)] if sampled else None
         return digest_of(
             [
-                self.start_key_of(start, seed), arm.method.name, self._resolved(config),
-                digest_of(self.subset(size, seed)), seed, self.steps(arm, size), generated,
+                self.start_key_of(start, seed), arm.method.name, self._peft_key(), self._resolved(config),
+                digest_of(rows), seed, self.steps(arm, size), generated,
             ]
         )  # fmt: skip
 
-    def _shared_key(self) -> list[Any]:
+    def sizes_up_to(self, size: int) -> list[int]:
+        """The sizes whose subsets lie in that of `size`, the smallest first."""
+        return [n for n in sorted(self.sizes) if n <= size]
+
+    def _peft_key(self) -> Any:
         peft = self.peft_config()
-        return [None if peft is None else as_json(peft.to_dict()), dict(self.model_options)]
+        return None if peft is None else as_json(peft.to_dict())
+
+    def _identity(self, start: Start) -> str:
+        source = (start.model, start.revision)
+        if source not in self._identities:
+            self._identities[source] = model_identity(*source)
+        return self._identities[source]
 
     def _resolved(self, config: Any) -> dict[str, Any]:
         return as_json(training_settings(config))
@@ -676,6 +703,23 @@ def _expanded(value: Any) -> Any:
     return text
 
 
+_PATHS = ("output_dir", "model", "train", "test", "sft", "data", "questions", "prompts", "judgments", "name")
+
+
+def _absolute(value: Any, name: str = "", files: bool = False) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _absolute(v, key, files or name == "data_files") for key, v in value.items()}
+    if isinstance(value, list):
+        return [_absolute(v) for v in value]
+    is_path = isinstance(value, str) and (name in _PATHS or files)
+    return str(Path(value).resolve()) if is_path and (name == "output_dir" or Path(value).exists()) else value
+
+
+def _is_pair(row: Row) -> bool:
+    chosen, rejected = (_as_text(row[name]).strip() for name in ("chosen", "rejected"))
+    return bool(chosen) and bool(rejected) and chosen != rejected
+
+
 def _mapping(value: Any, where: str) -> Mapping[str, Any]:
     if not isinstance(value, Mapping):
         raise StudyError(f"{where}: expected `name: value` lines, found {type(value).__name__}.")
@@ -738,12 +782,21 @@ def _check_columns(rows: Sequence[Row], columns: Sequence[str], where: str) -> N
                 raise StudyError(f"{where}, row {index}: column {column!r} is null. Fill it, or drop the row.")
 
 
-def _load_rows(name: str, where: str) -> list[Row]:
-    splits = load_named(name)
-    split = next((s for s in ("test", "validation", "train") if s in splits), next(iter(splits)))
+def _load_rows(source: Any, where: str, wanted: Sequence[str] = ("test", "validation", "train")) -> list[Row]:
+    """The rows of a file, a folder or a Hub dataset: its name, or `name`, `config` and `split`."""
+    given = {"name": source} if isinstance(source, str) else _mapping(source, where)
+    _check_keys(given, ("name", "config", "split"), where)
+    splits = load_named(str(given.get("name")), given.get("config"))
+    names = [given["split"]] if "split" in given else list(splits) if len(splits) == 1 else wanted
+    split = next((name for name in names if name in splits), None)
+    if split is None:
+        raise StudyError(
+            f"{where} has no split {' or '.join(map(repr, names))}; it has: {', '.join(map(repr, splits))}. Name one: "
+            "`{name: ..., split: ...}`."
+        )
     rows = list(splits[split])
     if not rows:
-        raise StudyError(f"`{where}` ({name}) has no rows.")
+        raise StudyError(f"{where}, split {split!r}, has no rows.")
     return rows
 
 
@@ -789,18 +842,19 @@ def model_identity(name: str, revision: str | None = None) -> str:
     """A name for the files of a model: for a folder a digest of them, else the id with the commit if that is known."""
     folder = Path(name).expanduser()
     if folder.is_dir():
+        kinds = (".json", ".safetensors", ".bin", ".jinja", ".model", ".txt", ".py")
         names = sorted(
-            path.name
-            for path in folder.iterdir()
-            if path.suffix in (".json", ".safetensors", ".bin", ".jinja", ".model")
+            path.name for path in folder.iterdir() if path.suffix in kinds and path.name != "training_args.bin"
         )
         # A folder that is moved is the same model
         return digest_of([[file, _file_digest(folder / file)] for file in names])
-    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub import hf_hub_download
 
-    cached = try_to_load_from_cache(name, "config.json", revision=revision)
-    commit = Path(cached).parent.name if isinstance(cached, str) else revision
-    return f"{name}@{commit or 'main'}"
+    try:  # the commit that is there now, or that is in the cache
+        commit = Path(hf_hub_download(name, "config.json", revision=revision)).parent.name
+    except OSError as error:
+        raise StudyError(f"The model `{name}` is no folder, and cannot be found on the Hub: {error}") from None
+    return f"{name}@{commit}"
 
 
 def _file_digest(path: Path, block: int = 65536, blocks: int = 64) -> str:
@@ -815,8 +869,3 @@ def _file_digest(path: Path, block: int = 65536, blocks: int = 64) -> str:
                 file.seek((size - block) * index // (blocks - 1))
                 digest.update(file.read(block))
     return digest.hexdigest()[:16]
-
-
-def to_json(study: Study) -> str:
-    """The settings of a study as JSON."""
-    return json.dumps(as_json(study.settings), indent=2)

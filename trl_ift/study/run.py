@@ -29,16 +29,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from filelock import FileLock, Timeout
-from transformers import AutoTokenizer, PrinterCallback, ProgressCallback
+from transformers import AutoTokenizer, PrinterCallback, ProgressCallback, TrainerCallback
 
 from ..checks import check_choice
 from ..data.generation import generate_completions, load_completions
 from ..data.inference import load_model, load_tokenizer
 from ..data.shards import write_file
 from ..hub.card import library_versions
-from ..scripts.train import INPUT_ERRORS
+from ..preference.trainer import PreferenceConfig, prompt_and_response_ids
 from ..stages import as_json, free_memory, last_checkpoint, say, train_and_save, training_settings
 from .evaluate import PARTS, StartScores, evaluate_part, measures_to_json, score_start
 from .measures import Measure, digest_of
@@ -74,11 +74,8 @@ def run_study(
     """
     check_choice("executor", executor, EXECUTORS)
     study.check()
-    known = {cell.id: cell for cell in study.cells()}
-    unknown = [cell for cell in cells or [] if cell not in known]
-    if unknown:
-        raise ValueError(f"The study has no cell {unknown[0]!r}. `trl-ift study plan` lists the cells.")
-    wanted = [cell for cell in known.values() if cells is None or cell.id in cells]
+    _check_ids(study, cells)
+    wanted = [cell for cell in study.cells() if cells is None or cell.id in cells]
     study.output_dir.mkdir(parents=True, exist_ok=True)
     write_file(study.output_dir / "study.json", json.dumps(as_json(study.settings), indent=2).encode())
     missing = [cell for cell in wanted if not is_finished(study, cell)]
@@ -94,9 +91,16 @@ def run_study(
     return write_results(study)
 
 
+def _check_ids(study: Study, cells: Sequence[str] | None) -> None:
+    known = {cell.id for cell in study.cells()}
+    if unknown := [cell for cell in cells or [] if cell not in known]:
+        raise ValueError(f"The study has no cell {unknown[0]!r}. `trl-ift study plan --list` lists the cells.")
+
+
 def print_commands(study: Study, file: str, cells: Sequence[str] | None = None) -> list[str]:
     """One command a cell that is not finished, for any scheduler. They can run in any order, and at the same time."""
     study.check()
+    _check_ids(study, cells)
     return [
         shlex.join(["trl-ift", "study", "run", file, "--cells", cell.id])
         for cell in study.cells()
@@ -109,19 +113,39 @@ def print_commands(study: Study, file: str, cells: Sequence[str] | None = None) 
 
 def _run_in_process(study: Study, cells: Sequence[Cell]) -> None:
     began, done = time.monotonic(), 0
-    waiting = list(cells)
+    waiting, told = list(cells), False
     while waiting:
         busy = []
         for cell in waiting:
+            if _is_busy(study, cell):
+                busy.append(cell)
+                continue
             left = _time_left(time.monotonic() - began, done, len(cells))
-            say(f"Cell {len(cells) - len(waiting) + waiting.index(cell) + 1} of {len(cells)}: {cell}{left}")
+            say(f"Cell {done + 1} of {len(cells)}: {cell}{left}")
             if run_cell(study, cell) == "busy":
                 busy.append(cell)
             else:
                 done += 1
-        if len(busy) == len(waiting):
-            time.sleep(5)  # all that is left is being run by other processes
+        if busy and len(busy) == len(waiting):
+            if not told:
+                say(f"The last {len(busy)} cells are being run by other processes. Waiting for them.")
+            told = True
+            time.sleep(5)
         waiting = busy
+
+
+def _is_busy(study: Study, cell: Cell) -> bool:
+    """Whether another process runs a cell at this moment."""
+    folder = cell_folder(study, cell)
+    if not folder.is_dir():
+        return False
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        return True
+    lock.release()
+    return False
 
 
 def _run_with_ray(study: Study, cells: Sequence[Cell], num_workers: int) -> None:
@@ -136,7 +160,7 @@ def _run_with_ray(study: Study, cells: Sequence[Cell], num_workers: int) -> None
     # A cell waits for the stages that it shares; starts first, so that workers do not wait for one and the same
     done = 0
     for group in ([c for c in cells if c.arm is None], [c for c in cells if c.arm is not None]):
-        tasks = {remote.remote(study.settings, cell.id): cell for cell in group}
+        tasks = {remote.remote(study.absolute_settings(), cell.id): cell for cell in group}
         while tasks:
             (ready,), _ = ray.wait(list(tasks), num_returns=1)
             cell = tasks.pop(ready)
@@ -144,7 +168,8 @@ def _run_with_ray(study: Study, cells: Sequence[Cell], num_workers: int) -> None
             try:
                 say(f"{done} of {len(cells)}: {cell}: {ray.get(ready)}")
             except ray.exceptions.RayError as error:
-                _record_failure(study, cell, f"{type(error).__name__}: {error}")
+                if not (cell_folder(study, cell) / "failed.json").is_file():
+                    _record_failure(study, cell, f"{type(error).__name__}: {error}")
                 say(f"{done} of {len(cells)}: {cell}: failed ({type(error).__name__})")
 
 
@@ -155,7 +180,9 @@ def ray_address() -> str | None:
 
 def _run_remote(settings: dict[str, Any], cell_id: str) -> str:
     study = Study(settings)
-    cell = next(cell for cell in study.cells() if cell.id == cell_id)
+    cell = next((cell for cell in study.cells() if cell.id == cell_id), None)
+    if cell is None:
+        raise ValueError(f"The study has no cell {cell_id!r} on this node: it sees another model or other data there.")
     return run_cell(study, cell, wait=True)
 
 
@@ -194,8 +221,6 @@ def run_cell(study: Study, cell: Cell, wait: bool = False) -> str:
                 text = "".join(traceback.format_exception(error))
                 _record_failure(study, cell, f"{type(error).__name__}: {error}", text)
                 say(f"Failed: {cell}: {type(error).__name__}: {error}")
-                if not isinstance(error, (*INPUT_ERRORS, RuntimeError, ArithmeticError, LookupError, AssertionError)):
-                    raise
                 return "failed"
             finally:
                 free_memory()
@@ -213,12 +238,13 @@ def _run_locked(study: Study, cell: Cell, folder: Path) -> None:
     if cell.arm is not None and not record.is_file():
         trained = train_cell(study, cell, cell.arm, source, folder / "model")
         write_file(record, json.dumps(trained, indent=2).encode())
-    began = time.monotonic()
+    train = json.loads(record.read_text()) if record.is_file() else None
     missing = [part for part in study.parts() if not _part_file(study, cell, part).is_file()]
     if missing:
-        adapter = folder / "model"
-        model, tokenizer = load_trained(study, cell.start, source, adapter if cell.arm is not None else None)
+        weights = folder / "model" if train is not None and train["steps"] else None  # of no steps: the start
+        model, tokenizer = load_trained(study, cell.start, source, weights)
         for part in missing:
+            began = time.monotonic()
             measures = _evaluate(study, cell, part, model, tokenizer, scores, folder)
             if broken := [
                 name for name, measure in measures.items() if not all(map(math.isfinite, measure.items or ()))
@@ -226,20 +252,24 @@ def _run_locked(study: Study, cell: Cell, folder: Path) -> None:
                 raise ArithmeticError(
                     f"{', '.join(broken)} of {cell} is no finite number: the training diverged. Lower its learning rate."
                 )
-            text = json.dumps(measures_to_json(measures))
+            found = {"seconds": time.monotonic() - began, "measures": measures_to_json(measures)}
             path = _part_file(study, cell, part)
             path.parent.mkdir(exist_ok=True)
-            write_file(path, text.encode())
-    train = json.loads(record.read_text()) if record.is_file() else None
-    _write_samples(study, folder)
+            write_file(path, json.dumps(found).encode())
+    for checkpoint in folder.glob("model/checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    _write_samples(study, cell, folder)
+    parts = [json.loads(_part_file(study, cell, part).read_text()) for part in study.parts()]
+    try:
+        _track(study, cell, _measures_of(study, cell))
+    except Exception as error:  # the numbers are in the folder, whatever a tracker says
+        say(f"The measures of {cell} were not logged: {type(error).__name__}: {error}")
     cell_record = {
         "id": cell.id, "start": cell.start.name, "method": cell.label, "size": cell.size, "seed": cell.seed, "key": cell.key,
-         "train": train,
-        "config": None if cell.arm is None else _described(study, cell),
-        "evaluation_seconds": time.monotonic() - began, "versions": library_versions(), "device": device_name(),
+        "train": train, "config": None if cell.arm is None else _described(study, cell),
+        "evaluation_seconds": sum(part["seconds"] for part in parts), "versions": library_versions(), "device": device_name(),
     }  # fmt: skip
     write_file(folder / "cell.json", json.dumps(cell_record, indent=2).encode())
-    _track(study, cell, _measures_of(study, cell))
 
 
 def train_cell(study: Study, cell: Cell, arm: Arm, source: str, folder: Path) -> dict[str, Any]:
@@ -260,24 +290,43 @@ def train(
     if last_checkpoint(folder, 1) is None:
         shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed before it had recorded its end
     trainer = make_trainer(study, start, method, source, config, data, **more)
-    with _memory_peak() as peak:
-        began = time.monotonic()
-        train_and_save(trainer, folder, what)
-        seconds = time.monotonic() - began
-    (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle
-    if trainer.state.global_step < config.max_steps:
-        raise RuntimeError(
-            f"The training of {what} ended after {trainer.state.global_step} of {config.max_steps} steps: its trainer has "
-            "dropped rows. Raise `training.max_length`."
+    if len(trainer.train_dataset) != len(data):
+        raise ValueError(
+            f"{what}: the trainer has dropped {len(data) - len(trainer.train_dataset)} of {len(data)} rows, so it would be "
+            "trained on other data than the other methods. Leave out rows that cannot be trained, such as long prompts."
         )
+    clock = _Clock(folder / "seconds.json")
+    trainer.add_callback(clock)
+    with _memory_peak() as peak:
+        train_and_save(trainer, folder, what)
+    (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
-    tokens = count_tokens(trainer)
-    result = {
-        "rows": len(data), "sequences": trainer.state.global_step * _sequences_a_step(config, method), "tokens": tokens,
-        "steps": trainer.state.global_step, "seconds": seconds,
-        "tokens_per_second": tokens / seconds if seconds else None, "peak_memory_bytes": peak[0], "history": history,
-    }  # fmt: skip
-    return as_json(result)
+    seen, tokens, seconds = rows_seen(trainer), count_tokens(trainer), clock.seconds()
+    sequences = seen * (1 if method.kind == "unpaired" else SEQUENCES[method.kind])
+    return as_json(
+        {
+            "rows": len(data), "sequences": sequences, "tokens": tokens, "steps": trainer.state.global_step, "seconds": seconds,
+            "tokens_per_second": tokens / seconds if seconds else None, "peak_memory_bytes": peak[0], "history": history,
+        }
+    )  # fmt: skip
+
+
+class _Clock(TrainerCallback):
+    """Time of a training, with that before an interruption as far as its last checkpoint."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.before = json.loads(path.read_text())["seconds"] if path.is_file() else 0.0
+        self.began = time.monotonic()
+
+    def seconds(self) -> float:
+        return self.before + time.monotonic() - self.began
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.began = time.monotonic()
+
+    def on_save(self, *args: Any, **kwargs: Any) -> None:
+        write_file(self.path, json.dumps({"seconds": self.seconds()}).encode())
 
 
 def make_trainer(study: Study, start: Start, method: Any, source: str, config: Any, data: Any, **more: Any) -> Any:
@@ -291,51 +340,63 @@ def make_trainer(study: Study, start: Start, method: Any, source: str, config: A
             kwargs["quantization_config"] = quantization
         else:
             config.model_init_kwargs["quantization_config"] = quantization
-    if method.module.startswith("trl.experimental"):
-        kwargs["processing_class"] = _without_bos(source, config.model_init_kwargs)
+    if hasattr(config, "trust_remote_code"):
+        config.trust_remote_code = bool(study.model_options.get("trust_remote_code"))
+    with_own_tokens = method.module.startswith("trl.experimental")
+    if with_own_tokens:
+        kwargs["processing_class"] = study.tokenizers[start.name]
     trainer = method.trainer_class(**kwargs)
+    if with_own_tokens:
+        trainer.train_dataset = _as_tokenized(data, trainer.processing_class, config.max_length)
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
     return trainer
 
 
-def _without_bos(source: str, init_kwargs: dict[str, Any]) -> Any:
-    """The tokenizer without a token that TRL's CPO and ORPO would prepend, where all other trainers do not."""
-    options = {name: init_kwargs[name] for name in ("revision", "trust_remote_code") if name in init_kwargs}
-    tokenizer = AutoTokenizer.from_pretrained(source, **options)
-    if tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] != [tokenizer.bos_token_id]:
-        tokenizer.bos_token = None
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
+def _as_tokenized(data: Dataset, tokenizer: Any, max_length: int) -> Dataset:
+    """The pairs as `DPOTrainer` tokenizes them: TRL's CPO and ORPO would add tokens at the beginning or the end."""
+    rows = []
+    for row in data:
+        columns: dict[str, Any] = {}
+        for answer in ("chosen", "rejected"):
+            prompt, response = prompt_and_response_ids(row, row[answer], tokenizer, tokenizer.eos_token)
+            ids = (prompt + response)[:max_length]
+            columns |= {f"{answer}_input_ids": ids, f"{answer}_attention_mask": [1] * len(ids)}
+            columns[f"{answer}_labels"] = ([-100] * len(prompt) + response)[:max_length]
+        rows.append(columns | {"prompt_input_ids": prompt, "prompt_attention_mask": [1] * len(prompt)})
+    return Dataset.from_list(rows)
 
 
-def _sequences_a_step(config: Any, method: Any) -> int:
-    rows = config.per_device_train_batch_size * config.gradient_accumulation_steps
-    return rows * (1 if method.kind in ("sft", "unpaired") else SEQUENCES[method.kind])
+def rows_seen(trainer: Any) -> int:
+    """Rows that a trainer has processed: all of each epoch, whose last batch may be smaller."""
+    rows, steps, args = len(trainer.train_dataset), trainer.state.global_step, trainer.args
+    batches = math.ceil(rows / args.per_device_train_batch_size)
+    a_epoch = math.ceil(batches / args.gradient_accumulation_steps)
+    rest = steps % a_epoch * args.per_device_train_batch_size * args.gradient_accumulation_steps
+    return steps // a_epoch * rows + min(rest, rows)
 
 
 def count_tokens(trainer: Any) -> int:
-    """Tokens that a trainer has processed: those of the rows' sequences, prompts included, times the rows it has seen."""
-    rows = trainer.train_dataset
-    seen = (
-        trainer.state.global_step * trainer.args.per_device_train_batch_size * trainer.args.gradient_accumulation_steps
-    )
-    return round(sum(map(_row_tokens, rows)) / max(len(rows), 1) * seen)
+    """Tokens that a trainer has trained on: those of the rows' sequences, prompts included, as far as `max_length`."""
+    rows, limit = trainer.train_dataset, getattr(trainer.args, "max_length", None)
+    total = sum(min(length, limit or length) for row in rows for length in _lengths(row))
+    return round(total / max(len(rows), 1) * rows_seen(trainer))
 
 
-def _row_tokens(row: dict[str, Any]) -> int:
+def _lengths(row: dict[str, Any]) -> Iterator[int]:
+    """Lengths of the sequences of a row."""
     if "chosen_input_ids" in row:  # CPO, ORPO: prompt and answer
-        return len(row["chosen_input_ids"]) + len(row["rejected_input_ids"])
-    if "input_ids" in row:
-        return len(row["input_ids"])
-    prompt = len(row["prompt_ids"])
-    answers = [value for name, value in row.items() if name.endswith("_ids") and name != "prompt_ids"]
-    total = sum(prompt + len(ids) for ids in answers)
-    for value in row.values():  # responses beside chosen and rejected
-        if isinstance(value, list) and value and isinstance(value[0], dict) and "completion_ids" in value[0]:
-            total += sum(len(other["prompt_ids"]) + len(other["completion_ids"]) for other in value)
-    return total
+        yield from (len(row["chosen_input_ids"]), len(row["rejected_input_ids"]))
+    elif "input_ids" in row:
+        yield len(row["input_ids"])
+    else:
+        prompt = len(row["prompt_ids"])
+        for name in ("completion_ids", "chosen_ids", "rejected_ids"):
+            if name in row:
+                yield prompt + len(row[name])
+        for value in row.values():  # responses beside chosen and rejected
+            if isinstance(value, list) and value and isinstance(value[0], dict) and "completion_ids" in value[0]:
+                yield from (len(other["prompt_ids"]) + len(other["completion_ids"]) for other in value)
 
 
 def _training_data(study: Study, cell: Cell, arm: Arm, source: str, config: Any) -> tuple[Any, dict[str, Any]]:
@@ -348,33 +409,29 @@ def _training_data(study: Study, cell: Cell, arm: Arm, source: str, config: Any)
     if kind == "samples":
         if not getattr(config, "reg_weight", 1):
             return data, {}
-        samples = ensure_samples(study, cell.start, cell.seed, source)
-        return data, {"reg_dataset": _of_first_prompts(samples, cell.size)}
-    if kind == "pairs" and getattr(arm.method.trainer_class, "uses_reference", False) and study.peft is None:
+        return data, {"reg_dataset": ensure_samples(study, cell.start, cell.seed, source, cell.size)}
+    if kind == "pairs" and study.peft is None and _reads_reference(arm.method.trainer_class, config):
         data = _with_reference(study, cell, source, config, data)
     return data, {}
 
 
-def _of_first_prompts(completions: Dataset, size: int) -> Dataset:
-    keep = [index for index, prompt in enumerate(completions["prompt_index"]) if prompt < size]
-    return completions.select(keep)
+def _reads_reference(trainer_class: type, config: Any) -> bool:
+    """Whether a trainer takes stored log-probabilities of the reference, which stay as they are."""
+    return getattr(trainer_class, "uses_reference", False) and config.ld_alpha is None and not config.sync_ref_model
 
 
 def _self_play_pairs(study: Study, cell: Cell, arm: Arm, source: str) -> Dataset:
     from ..data.pairs import build_pairs
 
     assert cell.seed is not None
-    samples = ensure_samples(study, cell.start, cell.seed, source)
-    rows = training_rows("sft", study.rows_of(cell.start, max(study.sizes), cell.seed), 1, cell.seed)
-    tokenizer = AutoTokenizer.from_pretrained(source)
-    pairs = build_pairs(rows, samples, processing_class=tokenizer)
-    pairs = pairs.select([index for index, prompt in enumerate(pairs["prompt_index"]) if prompt < cell.size])
+    samples = ensure_samples(study, cell.start, cell.seed, source, cell.size)
+    rows = training_rows("sft", study.rows_of(cell.start, cell.size, cell.seed), 1, cell.seed)
+    pairs = build_pairs(rows, samples, processing_class=study.tokenizers[cell.start.name])
     if arm.method.name == "ld-align":
         from ..latent import PolicyHiddenState, weigh_pairs
 
-        start = cell.start if source == cell.start.model else None
-        encoder = PolicyHiddenState(source, model_init_kwargs=study.model_init_kwargs(start))
-        pairs = weigh_pairs(pairs, encoder)
+        model, tokenizer = load_trained(study, cell.start, source, None)
+        pairs = weigh_pairs(pairs, PolicyHiddenState(model, processing_class=tokenizer))
     return pairs
 
 
@@ -445,29 +502,28 @@ def ensure_start_scores(study: Study, start: Start, seed: int) -> StartScores:
         return StartScores.load(folder / "scores.json")
 
 
-def ensure_samples(study: Study, start: Start, seed: int, source: str) -> Dataset:
-    """Answers of a start to the training prompts of a seed, in their order, generated once."""
-    rows = study.rows_of(start, max(study.sizes), seed)
-    prompts = Dataset.from_list([{"prompt": row["prompt"]} for row in rows])
-    key = digest_of(
-        [
-            study.start_key_of(start, seed),
-            digest_of(prompts.to_list()),
-            study.samples,
-            seed,
-        ]
-    )
-    with _stage(study, "samples", key) as (folder, finished):
-        if finished:
-            return load_completions(folder / "completions")
-        say(f"Sampling answers of the start '{start.name}' for {len(prompts)} training prompts, seed {seed}")
-        model, tokenizer = load_trained(study, start, source, None)
-        completions = generate_completions(
-            model, prompts, folder / "completions", processing_class=tokenizer, seed=seed,
-            max_new_tokens=study.samples["max_new_tokens"],
-        )  # fmt: skip
-        _finish(folder, start=start.name, seed=seed, prompts=len(prompts))
-        return completions
+def ensure_samples(study: Study, start: Start, seed: int, source: str, size: int) -> Dataset:
+    """Answers of a start to the training prompts of a subset, in their order; those of each size are generated once.
+
+    Each size adds a block of prompts to that of the next smaller one, so that smaller sizes do not depend on larger ones.
+    """
+    rows, blocks, first = study.rows_of(start, size, seed), [], 0
+    for end in study.sizes_up_to(size):
+        prompts = Dataset.from_list([{"prompt": row["prompt"]} for row in rows[first:end]])
+        key = digest_of([study.start_key_of(start, seed), prompts.to_list(), study.samples, seed])
+        with _stage(study, "samples", key) as (folder, finished):
+            if not finished:
+                say(f"Sampling answers of the start '{start.name}' for {len(prompts)} training prompts, seed {seed}")
+                model, tokenizer = load_trained(study, start, source, None)
+                generate_completions(
+                    model, prompts, folder / "completions", processing_class=tokenizer, seed=seed, **study.samples
+                )
+                _finish(folder, start=start.name, seed=seed, prompts=len(prompts))
+            block = load_completions(folder / "completions")
+        index = [first + prompt for prompt in block["prompt_index"]]
+        blocks.append(block.remove_columns("prompt_index").add_column("prompt_index", index))
+        first = end
+    return concatenate_datasets(blocks)
 
 
 def _with_reference(study: Study, cell: Cell, source: str, config: Any, data: Dataset) -> Dataset:
@@ -475,10 +531,8 @@ def _with_reference(study: Study, cell: Cell, source: str, config: Any, data: Da
 
     Without adapters only: an adapter that is switched off is the reference already.
     """
-    from ..preference.trainer import PreferenceConfig
-
     assert cell.seed is not None
-    names = ("max_length", "truncation_mode", "ld_alpha", "bf16", "fp16", "pad_to_multiple_of")
+    names = ("max_length", "truncation_mode", "bf16", "fp16", "pad_to_multiple_of")
     options = {name: getattr(config, name) for name in names}
     rows = study.rows_of(cell.start, max(study.sizes), cell.seed)
     key = digest_of([study.start_key_of(cell.start, cell.seed), options, rows])
@@ -515,8 +569,12 @@ def load_trained(study: Study, start: Start, source: str, trained: Path | None) 
     kwargs = study.model_init_kwargs(start if source == start.model else None)
     if (quantization := study.quantization_config()) is not None:
         kwargs["quantization_config"] = quantization
-    if trained is None or not any(trained.glob("*.safetensors")):  # a cell of no steps is its start
+    if trained is None:
         model = load_model(source, None, kwargs)
+    elif not any(trained.glob("*.safetensors")):
+        raise FileNotFoundError(
+            f"The weights of the cell are gone from `{trained}`. To train it again, delete `{trained.parent / 'train.json'}`."
+        )
     elif (trained / "adapter_config.json").is_file():
         model = load_model(source, str(trained), kwargs)
     else:
@@ -530,20 +588,26 @@ def _part_file(study: Study, cell: Cell, part: str) -> Path:
     return cell_folder(study, cell) / "evaluation" / f"{part}-{study.part_key(part, cell.start)}.json"
 
 
+def _answers_folder(study: Study, cell: Cell, part: str) -> Path:
+    """Where the answers of a part are; another `batch_tokens` begins anew, as after a lack of memory."""
+    name = f"{part}-{study.part_key(part, cell.start)}-{study.held_out.batch_tokens}"
+    return cell_folder(study, cell) / "answers" / name
+
+
 def _evaluate(
     study: Study, cell: Cell, part: str, model: Any, tokenizer: Any, scores: StartScores, folder: Path
 ) -> dict[str, Measure]:
-    answers = folder / "answers" / f"{part}-{study.part_key(part, cell.start)}"
+    answers = _answers_folder(study, cell, part)
     if part in PARTS:
         return evaluate_part(part, model, tokenizer, study.held_out_of(cell.start), scores, answers)
     if part == "lm_eval":
         from .harness import run_harness
 
         return run_harness(model, tokenizer, apply_chat_template=cell.start.chat, **study.evaluation["lm_eval"])
-    return _judge(study, model, tokenizer, answers)
+    return _judge(study, cell.start, model, tokenizer, answers)
 
 
-def _judge(study: Study, model: Any, tokenizer: Any, folder: Path) -> dict[str, Measure]:
+def _judge(study: Study, start: Start, model: Any, tokenizer: Any, folder: Path) -> dict[str, Measure]:
     """Answer the dialogue questions, and let a judge grade the answers; without a judge they are described only."""
     from . import judged
 
@@ -552,7 +616,7 @@ def _judge(study: Study, model: Any, tokenizer: Any, folder: Path) -> dict[str, 
     questions = judged.load_questions(given["questions"])[: given.get("rows")]
     judged.generate_answers(
         model, tokenizer, questions, folder / "answers.jsonl", max_new_tokens=given.get("max_new_tokens", 1024),
-        plain=tokenizer.chat_template is None,
+        plain=not start.chat or tokenizer.chat_template is None,
     )  # fmt: skip
     measures = judged.proxies(folder / "answers.jsonl")
     judge: judged.Judge
@@ -578,18 +642,20 @@ def _measures_of(study: Study, cell: Cell) -> dict[str, Any]:
     for part in study.parts():
         path = _part_file(study, cell, part)
         if path.is_file():
-            found |= json.loads(path.read_text(encoding="utf-8"))
+            found |= json.loads(path.read_text(encoding="utf-8"))["measures"]
     return found
 
 
-def _write_samples(study: Study, folder: Path) -> None:
-    """The answers of all parts in one file, to be read."""
+def _write_samples(study: Study, cell: Cell, folder: Path) -> None:
+    """The answers of the evaluation as it is now in one file, to be read."""
     import pyarrow.parquet as pq
 
     lines = []
-    for part in sorted(folder.glob("answers/*/*/completions-*.parquet")):
-        for row in pq.read_table(part, columns=["prompt", "completion"]).to_pylist():
-            lines.append(json.dumps({"part": part.parent.name, **row}, ensure_ascii=False) + "\n")
+    for part in study.parts():
+        for file in sorted(_answers_folder(study, cell, part).rglob("completions-*.parquet")):
+            for row in pq.read_table(file, columns=["prompt", "completion"]).to_pylist():
+                name = part if file.parent.name == "answers" else file.parent.name.removeprefix("task-")
+                lines.append(json.dumps({"part": name, **row}, ensure_ascii=False) + "\n")
     if lines:
         write_file(folder / "samples.jsonl", "".join(lines).encode())
 
@@ -626,14 +692,18 @@ def collect_results(study: Study) -> dict[str, Any]:
     methods = {
         label: {
             "method": arm.method.name, "title": arm.method.title, "paper": arm.method.paper, "kind": arm.method.kind,
-            "options": {**arm.method.options, **arm.options},
+            "options": {**arm.method.options, **study.options_as_written(label)},
         }
         for label, arm in study.arms.items()
     }  # fmt: skip
+    starts = {
+        start.name: {"model": _shown(start.model), "sft": start.sft is not None, "chat": start.chat}
+        for start in study.starts.values()
+    }
     return as_json(
         {
             "study": study.name, "settings": study.settings, "environment": environment(),
-            "starts": {s.name: {"model": _shown(s.model), "sft": s.sft is not None, "chat": s.chat} for s in study.starts.values()},
+            "starts": starts,
             "methods": methods, "sizes": sorted(study.sizes), "seeds": study.seeds, "cells": cells,
         }
     )  # fmt: skip
