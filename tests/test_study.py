@@ -416,9 +416,12 @@ class TestBadInput:
     def test_data_limits(self, inputs, tmp_path):
         data = settings(inputs, tmp_path)["data"]
         assert 0 < len(Study(settings(inputs, tmp_path, data=data | {"max_tokens": 30})).rows) < 26
+        assert (
+            len(Study(settings(inputs, tmp_path, data=data | {"max_tokens": 9})).sft_rows) == 10
+        )  # "Say 10:" is longer
         with pytest.raises(
             StudyError,
-            match="No row of `data.train` .* has two different answers and at most `data.max_tokens: 2` tokens",
+            match="No row of `data.train` .* has at most `data.max_tokens: 2` tokens",
         ):
             _ = Study(settings(inputs, tmp_path, data=data | {"max_tokens": 2})).rows
 

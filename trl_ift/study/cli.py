@@ -25,7 +25,7 @@ def make_parser(prog: str = "trl-ift study") -> argparse.ArgumentParser:
     run = commands.add_parser("run", help="Train and evaluate what is missing", allow_abbrev=False)
     run.add_argument("--cells", nargs="+", metavar="ID", help="run these cells only")
     run.add_argument("--executor", default="in-process", choices=["in-process", "ray"], help="what runs the cells")
-    run.add_argument("--num_workers", type=int, default=2, help="cells at a time on this machine, with Ray")
+    run.add_argument("--num_workers", type=_workers, help="cells at a time on this machine, with Ray (default: 2)")
     run.add_argument(
         "--print-commands", "--print_commands", action="store_true", help="print a command for each cell instead"
     )
@@ -36,12 +36,20 @@ def make_parser(prog: str = "trl-ift study") -> argparse.ArgumentParser:
     return parser
 
 
+def _workers(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be an integer of at least 1")
+    return int(text)
+
+
 def main(argv: list[str]) -> int:
     """Run the command."""
     return run_tool(make_parser(), argv, _run)
 
 
 def _run(args: argparse.Namespace) -> None:
+    if args.command == "run":
+        _check_executor(args)
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
     from .plan import Study
 
@@ -66,13 +74,25 @@ def _run(args: argparse.Namespace) -> None:
         print(f"\nReport: {path}")
 
 
+def _check_executor(args: argparse.Namespace) -> None:
+    if args.print_commands and args.executor == "ray":
+        raise ValueError(
+            "--print-commands and --executor ray exclude each other: each command runs one cell. Drop one."
+        )
+    if args.num_workers is not None and args.executor != "ray":
+        raise ValueError(
+            f"--num_workers {args.num_workers} has no effect with --executor {args.executor}, which runs one cell after "
+            "another. Add --executor ray, or drop it."
+        )
+
+
 def _run_cells(args: argparse.Namespace, study: "Study") -> None:  # type: ignore[name-defined]  # noqa: F821
     from .run import print_commands, run_study
 
     if args.print_commands:
         print("\n".join(print_commands(study, args.study, args.cells)))
         return
-    results = run_study(study, args.cells, args.executor, args.num_workers)
+    results = run_study(study, args.cells, args.executor, args.num_workers or 2)
     wanted = [cell for cell in results["cells"] if not args.cells or cell["id"] in args.cells]
     failed = [cell for cell in wanted if cell["status"] == "failed"]
     print(f"{sum(cell['status'] == 'done' for cell in wanted)} of {len(wanted)} cells are finished.")

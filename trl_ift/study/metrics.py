@@ -9,22 +9,41 @@
 They need `pip install "trl-ift[eval]"`. The functions behind them are those of `evaluate_part`.
 """
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
 
 import datasets
 import evaluate
 
 from .evaluate import StartScores, forward_kl, is_right, pair_measures
+from .measures import mean_of
 
 
 _CITATION = "https://huggingface.co/papers/2404.14723"
+_LISTS = datasets.Sequence(datasets.Value("float64"))
 
 
 class _StudyMetric(evaluate.Metric):
-    """A metric whose description is its docstring."""
+    """A metric whose description is its docstring; subclasses give `_values`."""
 
     features: datasets.Features
+    _values: Callable[..., dict[str, Any]]
+
+    def compute(self, *, predictions: Any = None, references: Any = None, **kwargs: Any) -> dict[str, Any] | None:
+        """See [`~evaluate.EvaluationModule.compute`]. Raises `ValueError` where there is nothing to compute from."""
+        if predictions is None and references is None and self.writer is None:
+            self._refuse()
+        return super().compute(predictions=predictions, references=references, **kwargs)
+
+    def _compute(self, predictions: Sequence[Any], references: Sequence[Any], **kwargs: Any) -> dict[str, Any]:
+        if len(predictions) == 0:
+            self._refuse()
+        return self._values(predictions, references, **kwargs)
+
+    def _refuse(self) -> NoReturn:
+        raise ValueError(
+            f"{type(self).__name__}: there are no predictions. Give some to `compute`, or to `add_batch` before."
+        )
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
@@ -42,14 +61,9 @@ class PreferenceAccuracy(_StudyMetric):
     `references` those under the model that it started from; both a list of two numbers a pair.
     """
 
-    features = datasets.Features(
-        {
-            "predictions": datasets.Sequence(datasets.Value("float64")),
-            "references": datasets.Sequence(datasets.Value("float64")),
-        }
-    )
+    features = datasets.Features({"predictions": _LISTS, "references": _LISTS})
 
-    def _compute(
+    def _values(
         self, predictions: Sequence[Sequence[float]], references: Sequence[Sequence[float]]
     ) -> dict[str, float]:
         for name, rows in (("predictions", predictions), ("references", references)):
@@ -69,16 +83,17 @@ class ForwardKL(_StudyMetric):
     the start; both a list of numbers a sample.
     """
 
-    features = datasets.Features(
-        {
-            "predictions": datasets.Sequence(datasets.Value("float64")),
-            "references": datasets.Sequence(datasets.Value("float64")),
-        }
-    )
+    features = datasets.Features({"predictions": _LISTS, "references": _LISTS})
 
-    def _compute(
+    def _values(
         self, predictions: Sequence[Sequence[float]], references: Sequence[Sequence[float]]
     ) -> dict[str, float]:
+        for index, (before, after) in enumerate(zip(references, predictions, strict=True)):
+            if len(before) != len(after):
+                raise ValueError(
+                    f"Sample {index} has {len(after)} log-probabilities in `predictions` and {len(before)} in `references`; "
+                    "expected one for each of its tokens in both."
+                )
         values = [forward_kl(before, after) for before, after in zip(references, predictions, strict=True)]
         return {"forward_kl": sum(values) / len(values)}
 
@@ -91,6 +106,38 @@ class ExactNumber(_StudyMetric):
 
     features = datasets.Features({"predictions": datasets.Value("string"), "references": datasets.Value("string")})
 
-    def _compute(self, predictions: Sequence[str], references: Sequence[str], match: str = "number") -> dict[str, Any]:
+    def _values(self, predictions: Sequence[str], references: Sequence[str], match: str = "number") -> dict[str, Any]:
         right = [is_right(reply, answer, match) for reply, answer in zip(predictions, references, strict=True)]
         return {"exact_number": sum(right) / len(right)}
+
+
+class AnswerLength(_StudyMetric):
+    """Length of answers: `answer_length`, tokens, and `cut_answers`, the share of them that reached the limit.
+
+    `predictions` are numbers of tokens, `references` whether the answer was cut at the limit.
+    """
+
+    features = datasets.Features({"predictions": datasets.Value("int64"), "references": datasets.Value("bool")})
+
+    def _values(self, predictions: Sequence[int], references: Sequence[bool]) -> dict[str, float]:
+        if wrong := [number for number in predictions if number < 0]:
+            raise ValueError(f"`predictions` holds {wrong[0]}; expected numbers of tokens.")
+        return {
+            "answer_length": mean_of(predictions, "", "", "tokens").value,
+            "cut_answers": mean_of(map(float, references), "", "", "share").value,
+        }
+
+
+class TextNLL(_StudyMetric):
+    """Negative log-likelihood of texts, nats a token: `neutral_nll`. Longer texts count for more, by their tokens.
+
+    `predictions` are the NLLs (nats, sums over the tokens that the model predicts), `references` the numbers of these tokens.
+    """
+
+    features = datasets.Features({"predictions": datasets.Value("float64"), "references": datasets.Value("int64")})
+
+    def _values(self, predictions: Sequence[float], references: Sequence[int]) -> dict[str, float]:
+        if wrong := [number for number in references if number < 1]:
+            raise ValueError(f"`references` holds {wrong[0]}; expected numbers of tokens, at least 1.")
+        items = [nll / tokens for nll, tokens in zip(predictions, references, strict=True)]
+        return {"neutral_nll": mean_of(items, "", "", "nats/token", weights=references).value}

@@ -192,8 +192,11 @@ class Study:
         Raises:
             StudyError, ValueError, TypeError, ImportError, OSError: Something does not fit.
         """
+        from .checks import check_settings  # it needs `StudyError`
+
         for start in self.starts.values():
             check_model_source(start.model, None)
+        check_settings(self)
         cells = self.cells()
         for arm in self.arms.values():
             if self.peft is not None:
@@ -294,9 +297,9 @@ class Study:
     @cached_property
     def sft_rows(self) -> list[Row]:
         """The rows that SFT starts are trained on."""
-        rows = self._load("sft")
-        _check_columns(rows, ("prompt", "completion"), self._named("sft"))
-        return [{name: row[name] for name in ("prompt", "completion")} for row in rows]
+        rows, columns = self._load("sft"), ("prompt", "completion")
+        _check_columns(rows, columns, self._named("sft"))
+        return self._short_enough([{name: row[name] for name in columns} for row in rows], columns[1:], "sft")
 
     def subset(self, size: int, seed: int) -> list[Row]:
         """`size` rows: the first of a shuffle by `seed`, so that smaller subsets lie in larger ones."""
@@ -336,14 +339,20 @@ class Study:
             say(
                 f"{self._named(part)}: {len(rows) - len(trainable)} of {len(rows)} rows are left out: equal or empty answers."
             )
-        limit = self.data.get("max_tokens")
-        if limit is not None:
-            check_range("data.max_tokens", limit, 2, integer=True)
-            trainable = [row for row in trainable if self._longest(row) <= limit]
         if not trainable:
-            limited = "" if limit is None else f" and at most `data.max_tokens: {limit}` tokens"
-            raise StudyError(f"No row of {self._named(part)} has two different answers{limited}.")
-        return trainable
+            raise StudyError(f"No row of {self._named(part)} has two different answers.")
+        return self._short_enough(trainable, ("chosen", "rejected"), part)
+
+    def _short_enough(self, rows: list[Row], answers: Sequence[str], part: str) -> list[Row]:
+        """The rows of at most `data.max_tokens` tokens."""
+        limit = self.data.get("max_tokens")
+        if limit is None:
+            return rows
+        check_range("data.max_tokens", limit, 2, integer=True)
+        short = [row for row in rows if self._longest(row, answers) <= limit]
+        if not short:
+            raise StudyError(f"No row of {self._named(part)} has at most `data.max_tokens: {limit}` tokens. Raise it.")
+        return short
 
     @cached_property
     def tokenizers(self) -> dict[str, Any]:
@@ -356,9 +365,9 @@ class Study:
             for start in self.starts.values()
         }
 
-    def _longest(self, row: Row) -> int:
+    def _longest(self, row: Row, names: Sequence[str]) -> int:
         """Tokens of the prompt with the longest of its answers, with the tokenizer that takes most."""
-        answers = [_as_text(row[name]) for name in ("chosen", "rejected")]
+        answers = [_as_text(row[name]) for name in names]
         by_model = {(start.model, start.revision): self.tokenizers[start.name] for start in self.starts.values()}
         return max(
             len(tokenizer(_as_text(row["prompt"]) + answer)["input_ids"]) + 1

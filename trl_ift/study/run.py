@@ -518,7 +518,8 @@ def ensure_samples(study: Study, start: Start, seed: int, source: str, size: int
                 generate_completions(
                     model, prompts, folder / "completions", processing_class=tokenizer, seed=seed, **study.samples
                 )
-                _finish(folder, start=start.name, seed=seed, prompts=len(prompts))
+                made_of = {"samples": study.samples, "start_key": study.start_key_of(start, seed)}
+                _finish(folder, start=start.name, seed=seed, prompts=len(prompts), **made_of)
             block = load_completions(folder / "completions")
         index = [first + prompt for prompt in block["prompt_index"]]
         blocks.append(block.remove_columns("prompt_index").add_column("prompt_index", index))
