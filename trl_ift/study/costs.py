@@ -14,9 +14,10 @@ from transformers import TrainerCallback
 
 from ..data.generation import generate_completions
 from ..data.shards import write_file
+from ..registry import Method
 from ..stages import as_json, free_memory, say, training_settings
 from .measures import digest_of
-from .methods import SEQUENCES, StudyMethod, as_chat, get_study_method, training_rows
+from .methods import SEQUENCES, as_chat, get_study_method, options_of, training_rows
 from .plan import Arm, Cell, Start, Study
 from .run import cell_folder, count_tokens, device_name, is_finished, load_trained, make_trainer
 
@@ -93,7 +94,7 @@ def measure_sampling(study: Study, start: Start) -> Cost:
 
 
 def _measured(
-    study: Study, start: Start, what: str, method: StudyMethod, config: Any, data: Dataset, more: dict[str, Any]
+    study: Study, start: Start, what: str, method: Method, config: Any, data: Dataset, more: dict[str, Any]
 ) -> Cost:
     used = [data.to_list(), {name: value.to_list() for name, value in more.items()}]
     key = [method.name, as_json(training_settings(config)), _model_key(study, start), digest_of(used)]
@@ -112,9 +113,7 @@ def _cached(study: Study, content: Any, what: str, measure: Callable[[], Cost]) 
     return {name: value for name, value in known[key].items() if name != "what"}
 
 
-def _two_steps(
-    study: Study, start: Start, method: StudyMethod, config: Any, data: Dataset, more: dict[str, Any]
-) -> Cost:
+def _two_steps(study: Study, start: Start, method: Method, config: Any, data: Dataset, more: dict[str, Any]) -> Cost:
     times = _StepTimes()
     with tempfile.TemporaryDirectory() as folder:
         config.output_dir = folder
@@ -201,7 +200,7 @@ def describe_plan(study: Study, measure: bool = True) -> str:
     table, total_seconds, total_tokens = [head], 0.0, 0.0
     for label, arm in study.arms.items():
         steps = [study.steps(arm, size) for size in sorted(study.sizes)]
-        options = {**study.training, **arm.method.options, **arm.options}
+        options = {**study.training, **options_of(arm.method), **arm.options}
         batch = study.batch_pairs(arm) * options.get("gradient_accumulation_steps", 1)
         counts = [str(n * batch * SEQUENCES[arm.method.kind]) for n in steps]
         row = [label, arm.method.kind, " / ".join(map(str, steps)), " / ".join(counts)]

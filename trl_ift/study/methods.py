@@ -13,14 +13,13 @@ A study has preference pairs (and, for some methods, a gold answer to each promp
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import fields
 from difflib import get_close_matches
-from importlib import import_module
 from typing import Any
 
 from datasets import Dataset
 
-from ..registry import METHODS
+from ..registry import METHODS, Method
 
 
 # Kind -> sequences that the model trains on for one pair
@@ -29,67 +28,39 @@ SEQUENCES = {"sft": 1, "pairs": 2, "unpaired": 2, "triples": 3, "samples": 3, "s
 Row = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class StudyMethod:
-    """A method as a study trains it.
-
-    Attributes:
-        name: Name in the study file.
-        title: Full name.
-        module: Module of trainer and config.
-        trainer: Name of the trainer class.
-        config: Name of the config class.
-        kind: What becomes of the pairs.
-        paper: arXiv id.
-        options: Options of the config that make it this method.
-    """
-
-    name: str
-    title: str
-    module: str
-    trainer: str
-    config: str
-    kind: str
-    paper: str
-    options: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def trainer_class(self) -> type:
-        return getattr(import_module(self.module), self.trainer)
-
-    @property
-    def config_class(self) -> type:
-        return getattr(import_module(self.module), self.config)
-
-
-def _trl(
-    name: str, title: str, trainer: str, kind: str, paper: str, module: str = "trl", **options: Any
-) -> StudyMethod:
+def _trl(name: str, title: str, trainer: str, kind: str, paper: str, module: str = "trl") -> Method:
     config = trainer.replace("Trainer", "Config")
-    return StudyMethod(name, title, module, trainer, config, kind, paper, options)
+    return Method(name, title, module, trainer, config, kind, paper, "TRL's", kind)
 
 
 _PAIRS = "trl_ift.preference.trainer"
 # Registered methods, and TRL's. DPO's family is trained by `PreferenceTrainer`, which has TRL's losses, and takes stored
 # reference log-probabilities.
-KNOWN: dict[str, StudyMethod] = {
+KNOWN: dict[str, Method] = {
     method.name: method
     for method in (
         _trl("sft", "Supervised fine-tuning", "SFTTrainer", "sft", ""),
-        *(StudyMethod(m.name, m.title, m.module, m.trainer, m.config, m.kind, m.paper) for m in METHODS),
-        _trl("ipo", "Identity Preference Optimization", "PreferenceTrainer", "pairs", "2310.12036", _PAIRS, loss_type=["ipo"]),
+        *METHODS,
+        _trl("ipo", "Identity Preference Optimization", "PreferenceTrainer", "pairs", "2310.12036", _PAIRS),
         _trl("kto", "Kahneman-Tversky Optimization", "KTOTrainer", "unpaired", "2402.01306"),
         _trl("cpo", "Contrastive Preference Optimization", "CPOTrainer", "pairs", "2401.08417", "trl.experimental.cpo"),
-        _trl(
-            "simpo", "Simple Preference Optimization", "CPOTrainer", "pairs", "2405.14734", "trl.experimental.cpo",
-            loss_type="simpo", cpo_alpha=0.0,
-        ),
+        _trl("simpo", "Simple Preference Optimization", "CPOTrainer", "pairs", "2405.14734", "trl.experimental.cpo"),
         _trl("orpo", "Odds Ratio Preference Optimization", "ORPOTrainer", "pairs", "2403.07691", "trl.experimental.orpo"),
     )
 }  # fmt: skip
+# Options that make a trainer the method
+_OPTIONS: dict[str, dict[str, Any]] = {
+    "ipo": {"loss_type": ["ipo"]},
+    "simpo": {"loss_type": "simpo", "cpo_alpha": 0.0},
+}
 
 
-def get_study_method(name: str) -> StudyMethod:
+def options_of(method: Method) -> dict[str, Any]:
+    """The options of its config that make a trainer the method."""
+    return dict(_OPTIONS.get(method.name, {}))
+
+
+def get_study_method(name: str) -> Method:
     """The method called `name`; `ValueError` names those that are known."""
     if name in KNOWN:
         return KNOWN[name]

@@ -21,13 +21,13 @@ import torch
 import yaml
 
 from ..checks import check_choice, check_model_source, check_peft, check_range
-from ..registry import METHODS
+from ..registry import METHODS, Method
 from ..scripts.data import load_named
 from ..stages import as_json, say, training_settings
 from ..trl_internals import tokenize
 from .evaluate import PARTS, HeldOut, Task
 from .measures import digest_of
-from .methods import SEQUENCES, Row, StudyMethod, as_chat, get_study_method, training_rows, unknown_options
+from .methods import SEQUENCES, Row, as_chat, get_study_method, options_of, training_rows, unknown_options
 
 
 BASELINE = "start"  # the start itself, as a row of the tables
@@ -92,7 +92,7 @@ class Arm:
     """
 
     label: str
-    method: StudyMethod
+    method: Method
     options: Mapping[str, Any] = field(default_factory=dict)
     budget: Mapping[str, Any] | None = None
 
@@ -636,7 +636,7 @@ class Study:
     def config(self, arm: Arm, size: int, seed: int, output_dir: str) -> Any:
         """The config of a cell's trainer."""
         budget = self.budget if arm.budget is None else arm.budget
-        options = {**self.training, **arm.method.options, **arm.options}
+        options = {**self.training, **options_of(arm.method), **arm.options}
         return self._config(arm.method, options, size, seed, output_dir, budget, f"methods.{arm.label}")
 
     def sft_config(self, start: Start, seed: int, output_dir: str) -> Any:
@@ -649,7 +649,7 @@ class Study:
         return self._config(method, options, size, seed, output_dir, budget, f"starts.{start.name}.sft.training")
 
     def _config(
-        self, method: StudyMethod, options: dict[str, Any], size: int, seed: int, output_dir: str,
+        self, method: Method, options: dict[str, Any], size: int, seed: int, output_dir: str,
         budget: Mapping[str, Any], where: str,
     ) -> Any:  # fmt: skip
         batch = options.get("per_device_train_batch_size", 8)
@@ -674,13 +674,13 @@ class Study:
 
     def steps(self, arm: Arm, size: int) -> int:
         """Optimizer steps of a cell; 0 is a cell that is not trained."""
-        options = {**self.training, **arm.method.options, **arm.options}
+        options = {**self.training, **options_of(arm.method), **arm.options}
         budget = self.budget if arm.budget is None else arm.budget
         return self._steps(arm.method.kind, size, options.get("per_device_train_batch_size", 8), options, budget)
 
     def batch_pairs(self, arm: Arm) -> int:
         """Pairs of a batch of one device."""
-        return {**self.training, **arm.method.options, **arm.options}.get("per_device_train_batch_size", 8)
+        return {**self.training, **options_of(arm.method), **arm.options}.get("per_device_train_batch_size", 8)
 
     def training_data(self, start: Start, arm: Arm, size: int, seed: int) -> Any:
         """The dataset of a cell, for all kinds but self-play."""

@@ -42,7 +42,7 @@ from ..preference.trainer import PreferenceConfig, prompt_and_response_ids
 from ..stages import as_json, free_memory, last_checkpoint, say, train_and_save, training_settings
 from .evaluate import PARTS, StartScores, evaluate_part, measures_to_json, score_start
 from .measures import Measure, digest_of
-from .methods import SEQUENCES, as_chat, get_study_method, training_rows
+from .methods import SEQUENCES, as_chat, get_study_method, options_of, training_rows
 from .plan import Arm, Cell, Start, Study
 
 
@@ -693,7 +693,7 @@ def collect_results(study: Study) -> dict[str, Any]:
     methods = {
         label: {
             "method": arm.method.name, "title": arm.method.title, "paper": arm.method.paper, "kind": arm.method.kind,
-            "options": {**arm.method.options, **study.options_as_written(label)},
+            "options": {**options_of(arm.method), **study.options_as_written(label)},
         }
         for label, arm in study.arms.items()
     }  # fmt: skip
