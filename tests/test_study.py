@@ -51,6 +51,15 @@ def values(cell):
 # ---------------------------------------------------------------- methods
 
 
+def test_public_names():
+    import trl_ift.study as package
+
+    assert all(callable(getattr(package, name)) for name in package.__all__)
+    assert set(package.__all__) <= set(dir(package))
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        _ = package.nothing
+
+
 def test_every_registered_method_is_known():
     assert {method.name for method in METHODS} <= set(KNOWN)
     assert {"sft", "dpo", "ipo", "kto", "cpo", "orpo", "simpo"} <= set(KNOWN)
