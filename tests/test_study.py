@@ -444,6 +444,12 @@ class TestBadInput:
         with pytest.raises(StudyError, match="expected `name: value` lines, found list"):
             Study.load(tmp_path / "y.yaml")
 
+    @pytest.mark.parametrize("part", ["train", "test", "sft", "neutral", "task"])
+    def test_empty_files(self, inputs, tmp_path, part):
+        (tmp_path / "empty.jsonl").touch()
+        with pytest.raises(ValueError, match=r"empty.jsonl has no rows"):
+            Study(settings(inputs | {part: str(tmp_path / "empty.jsonl")}, tmp_path)).check()
+
     def test_a_cell_that_is_not_there(self, inputs, tmp_path):
         with pytest.raises(ValueError, match="The study has no cell 'x'"):
             run_study(Study(settings(inputs, tmp_path)), cells=["x"])
@@ -1143,6 +1149,11 @@ class TestCard:
         trainer.precompute_ref_logps = True
         model = self.Model([-9.3, -9.3], [-42.0, -55.0])  # KL 0.7
         assert trainer._compute_loss(model, batch, False).item() == pytest.approx(0.4019944851, abs=1e-9)
+        # The two terms, each in a mean over two rows
+        for weights, term in (((1.0, 0.0), 0.4427521454), ((0.0, 1.0), 0.3612368249)):
+            trainer.desirable_weight, trainer.undesirable_weight = weights
+            model = self.Model([-9.3, -9.3], [-42.0, -55.0])
+            assert trainer._compute_loss(model, batch, False).item() == pytest.approx(term / 2, abs=1e-9)
 
     def test_cpo(self, trainers):
         trainer = trainers["cpo"]

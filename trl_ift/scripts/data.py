@@ -105,6 +105,8 @@ def _read(source: str, load: Any, /, *args: Any, **kwargs: Any) -> Any:
 
     try:
         return load(*args, **kwargs)
+    except StopIteration:  # of an empty file
+        raise ValueError(f"The dataset {source} has no rows.") from None
     except DatasetGenerationError as error:
         reason = error.__cause__ or error
         raise ValueError(f"The dataset {source} cannot be read: {type(reason).__name__}: {reason}") from error

@@ -475,7 +475,7 @@ def _train_start(study: Study, start: Start, seed: int, folder: Path) -> None:
     record = train(study, start, get_study_method("sft"), start.model, config, data, folder / "training", start.name)
     if study.peft is not None:
         # Into the weights as they were before any quantization, so that the merge is not rounded to it
-        # and in float32: bfloat16 would swallow most of what was learned
+        # and in float32: bfloat16 would round away what is smaller than its spacing
         kwargs = study.model_init_kwargs(start) | {"dtype": "float32"}
         model = load_model(start.model, str(folder / "training"), kwargs).merge_and_unload()
     else:
