@@ -968,6 +968,13 @@ class TestCommand:
         assert "dpo" in text
         assert (finished[0].output_dir / "report.md").is_file()
 
+    def test_report_before_any_run(self, inputs, tmp_path, capsys):
+        path = tmp_path / "study.yaml"
+        path.write_text(yaml.safe_dump(settings(inputs, tmp_path / "out")))
+        assert main(["study", "report", str(path)]) == 1
+        assert "There are no cells in" in capsys.readouterr().err
+        assert not (tmp_path / "out").exists()
+
     def test_print_commands(self, file, capsys):
         assert main(["study", "run", file, "--print-commands"]) == 0
         assert capsys.readouterr().out.strip() == ""

@@ -666,6 +666,8 @@ def _write_samples(study: Study, cell: Cell, folder: Path) -> None:
 
 def write_results(study: Study) -> dict[str, Any]:
     """Collect the cells of a study into `results.json`, and return it."""
+    if not (study.output_dir / "cells").is_dir():
+        raise ValueError(f"There are no cells in `{study.output_dir}` yet. Run the study first: `trl-ift study run`.")
     results = collect_results(study)
     write_file(study.output_dir / "results.json", (json.dumps(results, indent=1) + "\n").encode())
     return results
