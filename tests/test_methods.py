@@ -10,6 +10,7 @@ import pytest
 import tiny
 import torch
 from huggingface_hub import ModelCard
+from pairs import anchored
 from peft import LoraConfig
 from transformers import Trainer, TrainingArguments
 
@@ -17,7 +18,7 @@ import trl_ift
 from trl_ift import METHODS, get_method
 from trl_ift.extension import ExtensionConfig, ExtensionTrainer
 from trl_ift.hub.card import check_model_card
-from trl_ift.registry import methods_table
+from trl_ift.registry import methods_table, symptoms_table
 
 
 ROOT = Path(__file__).parent.parent
@@ -49,6 +50,19 @@ OPTIONS = {
     },
     "davir-dpo": {
         "beta": ({}, 1.0),
+    },
+    "dpop": {
+        "beta": ({}, 0.5),
+        "dpop_lambda": ({}, 5.0),
+        "dpop_variant": ({}, "outside"),
+    },
+    "minor-dpo": {
+        "beta": ({}, 0.5),
+    },
+    "chipo": {
+        "beta": ({}, 0.5),
+        "chipo_r_max": ({}, 0.01),
+        "chipo_gamma": ({}, 0.5),
     },
     "mpo": {
         "logit_mode": ({}, "length_norm"),
@@ -96,13 +110,12 @@ def mpo_data(settings):
     return data
 
 
-# What each method trains on: datasets of its trainer, which may depend on the settings
+# What a method trains on if not on preference pairs: datasets of its trainer, which may depend on the settings
 DATA = {
     "ift": lambda settings: {"train_dataset": tiny.prompt_completion_data()},
-    "dpo": lambda settings: {"train_dataset": tiny.preference_data()},
-    "davir-dpo": lambda settings: {"train_dataset": tiny.preference_data()},
+    "dpop": lambda settings: {"train_dataset": anchored()},
+    "chipo": lambda settings: {"train_dataset": anchored()},
     "mpo": mpo_data,
-    "spin": lambda settings: {"train_dataset": tiny.preference_data()},
     "ld-align": lambda settings: {
         "train_dataset": tiny.preference_data().add_column("latent_distance", [2.0, 0.5, 1.0, 3.0, 0.1, 1.5, 0.7, 2.5])
     },
@@ -119,7 +132,7 @@ def train(method, tmp_path, tokenizer, steps=3, **settings):
             per_device_train_batch_size=4, learning_rate=1e-2, overwrite_output_dir=True, **settings,
         ),
         processing_class=tokenizer,
-        **DATA[method.name](settings),
+        **DATA.get(method.name, lambda settings: {"train_dataset": tiny.preference_data()})(settings),
         peft_config=LoraConfig(r=2, target_modules="all-linear", lora_dropout=0.3) if "disable_dropout" in settings else None,
     )  # fmt: skip
     trainer.train()
@@ -211,7 +224,9 @@ def test_checkpoint_and_card(method, tmp_path, tokenizer):
 
 
 def test_readme_shows_the_registry():
-    assert methods_table() in (ROOT / "README.md").read_text()
+    readme = (ROOT / "README.md").read_text()
+    assert methods_table() in readme
+    assert symptoms_table() in readme
 
 
 def test_unknown_method():

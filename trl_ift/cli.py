@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__
-from .registry import METHODS, Method, get_method, methods_table
+from .registry import METHODS, Method, get_method, methods_table, symptoms_table
 
 
 # Tools with a `main(argv) -> int` of their own: name -> (module, help)
@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.exit(2, f"trl-ift: error: unknown command {command!r}. {hint}\n")
     args = parser.parse_args(argv)
     if args.command == "methods":
-        print(methods_table() if args.markdown else _terminal_table())
+        print(f"{methods_table()}\n\n{symptoms_table()}" if args.markdown else _terminal_table())
     elif args.command == "env":
         _print_env()
     return 0
@@ -81,7 +81,7 @@ def _make_parser() -> argparse.ArgumentParser:
     for method in METHODS:
         commands.add_parser(method.name, help=f"Train with {method.title}: {method.summary}", add_help=False)
     methods = commands.add_parser("methods", help="List the methods, their data and papers", allow_abbrev=False)
-    methods.add_argument("--markdown", action="store_true", help="as a Markdown table")
+    methods.add_argument("--markdown", action="store_true", help="as Markdown tables, by data and by symptom")
     commands.add_parser("lobass", help=_LOBASS, add_help=False)
     for name, (_, summary) in _TOOLS.items():
         commands.add_parser(name, help=summary, add_help=False)

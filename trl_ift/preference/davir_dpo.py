@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from transformers.utils import logging
 
-from .trainer import PreferenceBatch, PreferenceConfig, PreferenceTrainer, Responses
+from .trainer import PairLossConfig, PreferenceBatch, PreferenceTrainer, Responses
 
 
 # Smallest |log ref|, in nats, that a reward is divided by (our choice): that of a response with a probability of 99 %
@@ -31,7 +31,7 @@ logger = logging.get_logger(__name__)
 
 
 @dataclass
-class DavIRDPOConfig(PreferenceConfig):
+class DavIRDPOConfig(PairLossConfig):
     r"""
     Configuration class for the [`DavIRDPOTrainer`].
 
@@ -57,11 +57,6 @@ class DavIRDPOConfig(PreferenceConfig):
                 f"`beta={self.beta}` is made for the rewards of DPO, which are nats a response; those of DavIR-DPO are shares "
                 "of its log-probability. Consider `beta=5.0`."
             )
-
-    def _check_loss_type(self) -> None:
-        # TRL's config makes it a list later
-        self._refuse_loss_options(*["loss_type"] if self.loss_type == "sigmoid" else [])
-        super()._check_loss_type()
 
 
 def reference_nats(ref_logps: torch.Tensor) -> torch.Tensor:

@@ -128,6 +128,16 @@ class PreferenceConfig(ExtensionConfig, DPOConfig):
         check_unused(self, [name for name in _REFERENCE_OPTIONS if name not in used], "without a reference model")
 
 
+@dataclass
+class PairLossConfig(PreferenceConfig):
+    """Base of the configs of methods with a `pair_loss` of their own: options that only TRL's losses read are refused."""
+
+    def _check_loss_type(self) -> None:
+        # TRL's config makes it a list later
+        self._refuse_loss_options(*["loss_type"] if self.loss_type == "sigmoid" else [])
+        super()._check_loss_type()
+
+
 @dataclass(frozen=True)
 class Responses:
     """N responses of one kind, scored by the policy (with gradient) and by the reference (without).
