@@ -1,6 +1,7 @@
 """DPOP: the numbers and identities of its loss, and the symptom it cures."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -66,7 +67,7 @@ class TestIdentities:
         generator = torch.Generator().manual_seed(0)
         r_w, r_l = 3 * torch.randn(2, 100, dtype=torch.float64, generator=generator)
         losses = [dpop_loss(r_w, r_l, 0.3, strength, variant) for strength in (0, 1, 5, 50)]
-        for smaller, larger in zip(losses, losses[1:], strict=False):
+        for smaller, larger in pairwise(losses):
             assert (larger >= smaller).all()
             assert (larger[r_w < 0] > smaller[r_w < 0]).all()
             close(larger[r_w >= 0], smaller[r_w >= 0])

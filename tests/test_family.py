@@ -3,6 +3,7 @@
 `FORMULAS` maps a method to (the loss of one pair, options of its config, extra columns of its data). A formula sees two
 `Answer`s, with log-probabilities in float64, the options and the row.
 """
+# ruff: noqa: E741  (w and l, the winning and the losing answer, as in the papers)
 
 from dataclasses import dataclass
 
@@ -62,12 +63,21 @@ def chipo(w, l, o, row):
     return -logsigmoid(d if d.abs() < bound else d.sign() * bound)
 
 
+def aligned_sft(w, l, o, row):
+    p_w, p_l = w.mean.exp(), l.mean.exp()
+    odds_w, odds_l = (p_w / (1 - p_w)).log(), (p_l / (1 - p_l)).log()
+    aligned = -logsigmoid(o.beta * odds_w) - logsigmoid(-o.beta * odds_l)
+    return -o.sft_weight * w.mean + o.asft_lambda * aligned
+
+
 FORMULAS = {
     "dpop": (dpop, {"dpop_lambda": 0.7}, {}),
     "dpop outside": (dpop, {"dpop_lambda": 0.3, "dpop_variant": "outside"}, {}),
     "minor-dpo": (minor_dpo, {}, {}),
     "chipo": (chipo, {}, {}),
     "chipo clipped": (chipo, {"beta": 0.1, "chipo_r_max": 0.2, "chipo_gamma": 0.5}, {}),
+    "aligned-sft": (aligned_sft, {"asft_lambda": 0.7}, {}),
+    "aligned-sft tempered": (aligned_sft, {"beta": 0.3, "sft_weight": 0.5}, {}),
 }
 every_formula = pytest.mark.parametrize("name", FORMULAS)
 

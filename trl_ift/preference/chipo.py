@@ -1,8 +1,8 @@
 r"""Chi-squared Preference Optimization (chi-PO), https://huggingface.co/papers/2407.13399.
 
-DPO with another link between policy and reward: z + log z of the likelihood ratio z = pi / ref in the place of log z, which makes
-the implied regulariser the sum of a chi-squared divergence and the KL divergence. It holds the policy nearer to the data than
-DPO does where beta is small or training long. With r = log pi - log ref, sums over the tokens of a response:
+DPO with another link between policy and reward: z + log z of the likelihood ratio z = pi / ref in the place of log z, which
+makes the implied regulariser the sum of a chi-squared divergence and the KL divergence. It holds the policy nearer to the data
+than DPO does where beta is small or training long. With r = log pi - log ref, sums over the tokens of a response:
 
     s(r) = beta ( exp(r) + gamma r )
 
@@ -10,8 +10,8 @@ DPO does where beta is small or training long. With r = log pi - log ref, sums o
 
 gamma = 1 is chi-PO; 0 < gamma < 1 mixes the two divergences (from memory, unconfirmed). R_max bounds the true reward; pairs
 beyond the clip have no gradient, mis-ranked ones too. exp(r) is computed as exp(clip(log beta + r, -88, 20)), so that it does
-not overflow; beyond these bounds (from memory, unconfirmed) that part has no gradient. Near the reference chi-PO is DPO with twice
-its beta, and for very unlikely responses DPO with its beta.
+not overflow; beyond these bounds (from memory, unconfirmed) that part has no gradient. Near the reference chi-PO is DPO with
+twice its beta, and for very unlikely responses DPO with its beta.
 """
 
 import math
@@ -45,10 +45,14 @@ class ChiPOConfig(PairLossConfig):
             Weight of the logarithm in the link, in (0, 1] (unconfirmed; 1 is chi-PO).
     """
 
-    beta: float = field(default=0.05, metadata={"help": "Temperature; half of a beta of DPO acts like it at the start."})
+    beta: float = field(
+        default=0.05, metadata={"help": "Temperature; half of a beta of DPO acts like it at the start."}
+    )
     chipo_r_max: float | None = field(
         default=None,
-        metadata={"help": "Bound of the true reward: differences of rewards are clipped to twice of it. Default: no clip."},
+        metadata={
+            "help": "Bound of the true reward: differences of rewards are clipped to twice of it. Default: no clip."
+        },
     )
     chipo_gamma: float = field(
         default=1.0, metadata={"help": "Weight of the logarithm in the link, in (0, 1] (unconfirmed; 1 is chi-PO)."}
@@ -67,7 +71,9 @@ def chipo_rewards(logratios: torch.Tensor, beta: float, gamma: float = 1.0) -> t
     return exponent.exp() + gamma * beta * logratios
 
 
-def chipo_loss(chosen_rewards: torch.Tensor, rejected_rewards: torch.Tensor, r_max: float | None = None) -> torch.Tensor:
+def chipo_loss(
+    chosen_rewards: torch.Tensor, rejected_rewards: torch.Tensor, r_max: float | None = None
+) -> torch.Tensor:
     """Chi-PO loss of each pair, (B,), from the rewards of the chosen and of the rejected responses, each (B,)."""
     margins = chosen_rewards - rejected_rewards
     if r_max is not None:
@@ -103,7 +109,8 @@ class ChiPOTrainer(PreferenceTrainer):
         "huang2024correcting",
         "Correcting the Mythos of KL-Regularization: Direct Alignment without Overoptimization via Chi-Squared Preference "
         "Optimization",
-        "Audrey Huang and Wenhao Zhan and Tengyang Xie and Jason D. Lee and Wen Sun and Akshay Krishnamurthy and Dylan J. Foster",
+        "Audrey Huang and Wenhao Zhan and Tengyang Xie and Jason D. Lee and Wen Sun and Akshay Krishnamurthy and "
+        "Dylan J. Foster",
         2024,
     )
 

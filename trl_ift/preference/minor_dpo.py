@@ -5,10 +5,10 @@ r = log pi - log ref, sums over the tokens of a response:
 
     L = - log sigma( beta [ r_w - max(0, r_l) ] )
 
-Its gradient is DPO's for pairs with r_l > 0, and none on the rejected response otherwise. Training starts at r_l = 0, exactly at
-the kink; "only while the policy gives more than the reference" reads as strict, so that the derivative there is 0. (An
-independent implementation has 1 there: its first step pushes the rejected responses down.) As max(0, r_l) >= r_l, the loss is at
-least DPO's: the values of the two are not to be compared.
+Its gradient is DPO's for pairs with r_l > 0, and none on the rejected response otherwise. Training starts at r_l = 0, exactly
+at the kink; "only while the policy gives more than the reference" reads as strict, so that the derivative there is 0. (An
+independent implementation has 1 there: its first step pushes the rejected responses down.) As max(0, r_l) >= r_l, the loss is
+at least DPO's: the values of the two are not to be compared.
 
 No official code is published, and the ranges that the paper tried are not known to us.
 """
@@ -29,9 +29,7 @@ class MinorDPOConfig(PairLossConfig):
     """
 
 
-def minor_dpo_loss(
-    chosen_logratios: torch.Tensor, rejected_logratios: torch.Tensor, beta: float
-) -> torch.Tensor:
+def minor_dpo_loss(chosen_logratios: torch.Tensor, rejected_logratios: torch.Tensor, beta: float) -> torch.Tensor:
     """MinorDPO loss of each pair, (B,), from log pi - log ref of the chosen and of the rejected responses, each (B,)."""
     return -F.logsigmoid(beta * (chosen_logratios - torch.relu(rejected_logratios)))
 
