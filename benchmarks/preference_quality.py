@@ -1,7 +1,8 @@
-"""What DPO, MPO and TPO do to a real model: same start, same prompts, same number of steps, several seeds.
+"""What preference methods do to a real model: same start, same prompts, same number of steps, several seeds.
 
     python benchmarks/preference_quality.py --scored_train scored_train.jsonl --scored_test scored_test.jsonl
     python benchmarks/preference_quality.py --report     # the table and the plot from the finished runs
+    python benchmarks/preference_quality.py ... --runs DPO DPOP chi-PO --seeds 0     # others: see `FAMILY`
 
 The data are prompts with several scored responses and a gold one (`prompt`, `responses`, `scores`, `reference`).
 `build_triples` makes the triples; DPO and MPO train on their pairs. The starting model samples completions for the training
@@ -35,7 +36,23 @@ RUNS = {
     "MPO, reverse KL": ("mpo", {"reg_kl": "reverse"}),
     "TPO": ("tpo", {}),
 }
-
+# More of them, by name
+STORED = {"precompute_ref_log_probs": True}
+FAMILY = {
+    "DPOP": ("dpop", STORED),
+    "DPOP, outside": ("dpop", {"dpop_variant": "outside", "dpop_lambda": 0.3, "beta": 0.1, **STORED}),
+    "MinorDPO": ("minor-dpo", STORED),
+    "chi-PO": ("chipo", STORED),
+    "regularized PO": ("regularized-po", STORED),
+    "regularized PO, seq_mean": ("regularized-po", {"rpo_normalization": "seq_mean", **STORED}),
+    "Ada-DPO": ("ada-dpo", {"beta": 0.1, **STORED}),
+    "ASFT": ("aligned-sft", {}),
+    "relative PO": ("relative-po", STORED),
+    "EXO": ("exo", {}),
+    "ULMA": ("ulma", STORED),
+    "UFT": ("uft", STORED),
+    "FIGA": ("figa", {}),
+}
 
 KINDS = ("chosen", "rejected", "reference")
 
@@ -48,7 +65,7 @@ def parse(argv=None) -> argparse.Namespace:
     parser.add_argument("--scored_test", help="the same, held out")
     parser.add_argument("--source", help="keep rows whose column `source` is this")
     parser.add_argument("--output", default="preference-quality")
-    parser.add_argument("--runs", nargs="+", choices=list(RUNS), default=list(RUNS))
+    parser.add_argument("--runs", nargs="+", choices=[*RUNS, *FAMILY], default=list(RUNS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--max_tokens", type=int, default=48, help="keep triples whose sequences are no longer")
     parser.add_argument("--steps", type=int, default=30)
@@ -154,15 +171,19 @@ def run(name: str, seed: int, args, model_path: str, triples, samples, rows, sta
     from transformers import AutoTokenizer
 
     from trl_ift import get_method
+    from trl_ift.study.methods import training_rows
 
-    method, options = get_method(RUNS[name][0]), RUNS[name][1]
+    name_of_method, options = {**RUNS, **FAMILY}[name]
+    method = get_method(name_of_method)
     folder = Path(args.output) / "adapters" / f"{name}-seed{seed}".replace(" ", "-").replace(",", "")
     curve = curve_callback(15, rows, start)
     extra = {"reg_dataset": samples} if method.name == "mpo" else {}
+    if method.kind in ("lists", "unpaired"):
+        triples = training_rows(method.kind, list(triples), args.batch, seed)
     trainer = method.trainer_class(
         model=model_path,
         args=method.config_class(
-            str(folder), seed=seed, max_steps=args.steps, per_device_train_batch_size=args.batch, max_length=256,
+            str(folder), seed=seed, max_steps=args.steps, per_device_train_batch_size=args.batch * (2 if method.kind == "unpaired" else 1), max_length=256,
             learning_rate=args.learning_rate, lr_scheduler_type="cosine", warmup_steps=5, use_cpu=True, bf16=False,
             gradient_checkpointing=False, report_to="none", save_strategy="no", logging_steps=5, disable_tqdm=True,
             overwrite_output_dir=True, hub_base_model=args.hub_base_model, **options,
@@ -250,7 +271,7 @@ def report(args) -> None:
     print("| method | seeds | accuracy | chosen (nats) | rejected (nats) | gold NLL (nats/token) | KL (nats) |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     print(f"| start | - | - | 0 | 0 | {start['gold_nll']:.3f} | 0 |")
-    for name in RUNS:
+    for name in args.runs:
         if name in results:
             finals = [result["curve"][-1] for result in results[name]]
             cells = []
@@ -259,7 +280,7 @@ def report(args) -> None:
                 spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
                 cells.append(f"{statistics.mean(values):.3f}{spread}")
             print(f"| {name} | {len(finals)} | " + " | ".join(cells) + " |")
-    plot(results, start, output / "curves.png")
+    plot({name: results[name] for name in args.runs if name in results}, start, output / "curves.png")
 
 
 def plot(results: dict[str, list[dict]], start: dict[str, float], path: Path) -> None:
@@ -271,7 +292,7 @@ def plot(results: dict[str, list[dict]], start: dict[str, float], path: Path) ->
     panels = (("accuracy", "held-out reward accuracy"), ("chosen", "chosen log-prob, change (nats)"),
               ("gold_nll", "gold NLL (nats/token)"), ("kl", "KL(start || trained) outside the pairs (nats)"))  # fmt: skip
     figure, axes = plt.subplots(1, 4, figsize=(18, 4))
-    for number, name in enumerate(name for name in RUNS if name in results):
+    for number, name in enumerate(results):
         for axis, (column, _) in zip(axes, panels, strict=True):
             origin = [] if column == "accuracy" else [{"step": 0, **start}]  # nothing has gained before the first step
             curves = [[point[column] for point in [*origin, *result["curve"]]] for result in results[name]]

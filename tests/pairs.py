@@ -146,6 +146,19 @@ def anchored(number=8, **columns):
     return Dataset.from_list(rows)
 
 
+def lists(sizes=(4,) * 8):
+    """Rows of so many completions, with rewards that are not in their order."""
+    words = (" I think so.", " ZQ", " Perhaps it is, perhaps not.", " No.")
+    rows = []
+    for index, size in enumerate(sizes):
+        question, answer = tiny.QUESTIONS[index]
+        completions = [words[(index + k) % 4] for k in range(size - 1)]
+        completions.insert(index % size, f" {answer}")
+        rewards = [0.4 * ((7 * k + 3 * index) % 5) - 0.1 * k for k in range(size)]
+        rows.append({"prompt": question, "completions": completions, "rewards": rewards})
+    return Dataset.from_list(rows)
+
+
 def samples(number=4, **columns):
     """Samples of different lengths, as text."""
     lengths = (3, 20, 5, 9, 2, 12, 7, 4)[:number]

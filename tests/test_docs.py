@@ -42,6 +42,7 @@ DATASETS = {
     "trl-lib/tldr": tiny.prompt_completion_data,
     "trl-lib/ultrafeedback_binarized": ultrafeedback,
     "tpo-alignment/triple-preference-ultrafeedback-40K": triples,
+    "trl-lib/kto-mix-14k": lambda: tiny.conversational_data().add_column("label", [True, False] * 4),
 }
 
 

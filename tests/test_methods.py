@@ -6,18 +6,21 @@ from dataclasses import fields
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pytest
 import tiny
 import torch
 from huggingface_hub import ModelCard
-from pairs import anchored
+from pairs import anchored, lists
 from peft import LoraConfig
 from transformers import Trainer, TrainingArguments
 
 import trl_ift
 from trl_ift import METHODS, get_method
+from trl_ift.data.token_weights import unit_weights
 from trl_ift.extension import ExtensionConfig, ExtensionTrainer
 from trl_ift.hub.card import check_model_card
+from trl_ift.preference.sae import ReLUSAE
 from trl_ift.registry import methods_table, symptoms_table
 
 
@@ -64,6 +67,80 @@ OPTIONS = {
         "chipo_r_max": ({}, 0.01),
         "chipo_gamma": ({}, 0.5),
     },
+    "regularized-po": {
+        "beta": ({}, 0.5),
+        "rpo_eta": ({}, 0.5),
+        "rpo_normalization": ({}, "token_mean"),
+    },
+    "soft-label-po": {
+        "beta": ({}, 0.5),
+        "soft_label_loss": ({}, "cipo"),
+        "ropo_alpha": ({"soft_label_loss": "gropo"}, 0.5),
+        "ropo_gamma": ({"soft_label_loss": "ropo"}, 0.5),
+        "soft_label_clip": ({}, [0.6, 0.8]),
+        "drop_ties": ({}, True),
+        "length_normalize": ({}, True),
+    },
+    "ada-dpo": {
+        "beta": ({}, 0.5),
+        "rho0": ({}, 0.3),
+        "tau_min": ({}, 0.3),
+        "tau_max": ({}, 0.2),
+        "tau_solver": ({}, "newton"),
+        "tau_init": ({"tau_solver": "newton", "tau_iters": 1}, 2.0),
+        "tau_iters": ({"tau_solver": "newton"}, 1),
+        "tau_penalty": ({}, "quadratic"),
+    },
+    "relative-po": {
+        "beta": ({}, 0.5),
+        "distance_temperature": ({}, 0.1),
+        "relative_weighting": ({}, "uniform"),
+        "diagonal_weight": ({"relative_weighting": "diagonal"}, 0.3),
+    },
+    "aligned-sft": {
+        "beta": ({}, 0.5),
+        "asft_lambda": ({}, 0.2),
+        "sft_weight": ({}, 0.0),
+    },
+    "tis-dpo": {
+        "beta": ({}, 0.5),
+    },
+    "mrpo": {
+        "beta": ({}, 0.5),
+        "ref_models": ({}, ["another"]),
+        "mrpo_mode": ({}, "multi_dpo"),
+        "mrpo_mixture": ({}, "geometric"),
+        "ctro_eps": ({}, 0.5),
+        "ctro_adaptive": ({}, False),
+        "weight_mode": ({}, "uniform"),
+        "ref_weights": ({"weight_mode": "fixed", "ref_weights": [0.5, 0.5]}, [0.1, 0.9]),
+    },
+    "figa": {
+        "good_weight": ({}, 0.5),
+        "bad_weight": ({"nll_cut": 9.0}, 1.0),
+        "other_weight": ({}, 0.5),
+        "nll_cut": ({}, 9.0),
+        "figa_nll_floor": ({"nll_cut": 9.0}, 5.8),
+        "align": ({}, "indel"),
+        "figa_normalization": ({"nll_cut": 5.8}, "micro"),
+    },
+    "fpo": {
+        "beta": ({}, 0.5),
+        "fpo_alpha": ({}, 5.0),
+        "fpo_top_k": ({}, 3),
+        "sae_path": ({"fpo_alpha": 5.0}, "sae.npz"),
+        "sae_layer": ({}, 0),
+        "detach_chosen": ({"fpo_alpha": 5.0}, False),
+    },
+    "self-supervised-po": {
+        "loss_type": ({}, "hinge"),
+        "beta": ({}, 0.5),
+        "spo_gamma_chosen": ({}, 0.5),
+        "spo_gamma_rejected": ({}, 0.0),
+        "spo_levels": ({}, 3),
+        "spo_pool": ({}, "last"),
+        "spo_length_control": ({}, True),
+    },
     "mpo": {
         "logit_mode": ({}, "length_norm"),
         "logit_scale": ({}, 0.5),
@@ -95,7 +172,48 @@ OPTIONS = {
         "nll_normalization": ({}, "sequence_mean"),
         "gold_from": ({}, "chosen"),
     },
+    "ulma": {
+        "beta": ({}, 0.5),
+        "desirable_weight": ({}, 0.5),
+        "undesirable_weight": ({}, 2.0),
+        "positive_loss": ({}, "pointwise_dpo"),
+        "negative_loss": ({}, "continuous"),
+        "log_z": ({}, 0.5),
+        "logp_reduction": ({}, "sum"),
+        "batch_reduction": ({}, "row_mean"),
+    },
+    "uft": {
+        "beta": ({}, 0.1),
+        "desirable_weight": ({}, 0.5),
+        "undesirable_weight": ({}, 2.0),
+        "score_loss": ({}, "bce"),
+        "sft_weight": ({}, 0.5),
+        "reward_offset": ({}, 0.5),
+        "score_clip": ({}, 0.2),
+    },
+    "exo": {
+        "beta": ({}, 0.1),
+        "exo_loss": ({}, "dpo-rw"),
+        "exo_beta_r": ({}, 2.0),
+        "exo_epsilon": ({"exo_loss": "exo-pref", "exo_num_contrastive": 2}, 0.1),
+        "exo_targets": ({"exo_loss": "exo-pref", "exo_num_contrastive": 2, "exo_epsilon": 0.1}, "unnormalized"),
+        "exo_temperature": ({}, 0.8),
+        "exo_num_contrastive": ({}, 2),
+    },
+    "eurus-reward": {
+        "absolute_coef": ({}, 0.5),
+        "relative_coef": ({}, 0.5),
+    },
 }
+
+
+def fpo_data(settings):
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(16, 64, generator=generator)
+    if "sae_path" in settings:
+        np.savez(settings["sae_path"], W_enc=weight.flip(1).numpy(), b_enc=np.ones(64, np.float32))
+        return {"train_dataset": tiny.preference_data()}
+    return {"train_dataset": tiny.preference_data(), "sae": ReLUSAE(weight, torch.zeros(64))}
 
 
 def mpo_data(settings):
@@ -110,23 +228,62 @@ def mpo_data(settings):
     return data
 
 
+def wordy_data():
+    """Pairs with several key phrases in each answer."""
+    tails = " Rivers carry cold water, and old towns sell bread.", " Red cars hum; tall birds sing in green trees."
+    return tiny.preference_data().map(
+        lambda row: {name: row[name] + tail for name, tail in zip(("chosen", "rejected"), tails, strict=True)}
+    )
+
+
+def mrpo_data(settings):
+    if "ref_models" not in settings:
+        return {"train_dataset": anchored(ref1_chosen_logps=[-60.0] * 8, ref1_rejected_logps=[-75.0] * 8)}
+    tokenizer = tiny.tokenizer()
+    for model in (tiny.model("llama", tokenizer, seed=3), tokenizer):
+        model.save_pretrained(settings["ref_models"][0])
+    return {"train_dataset": tiny.preference_data()}
+
+
+def tis_data(settings):
+    tokenizer = tiny.tokenizer()
+    return {"train_dataset": tiny.preference_data().map(unit_weights, fn_kwargs={"tokenizer": tokenizer})}
+
+
 # What a method trains on if not on preference pairs: datasets of its trainer, which may depend on the settings
 DATA = {
     "ift": lambda settings: {"train_dataset": tiny.prompt_completion_data()},
     "dpop": lambda settings: {"train_dataset": anchored()},
     "chipo": lambda settings: {"train_dataset": anchored()},
+    "tis-dpo": tis_data,
+    "mrpo": mrpo_data,
+    "soft-label-po": lambda settings: {"train_dataset": anchored(soft_label=[1.0, 0.5, 0.7, 0.3, 0.9, 0.5, 0.0, 0.6])},
+    "ada-dpo": lambda settings: {"train_dataset": anchored()},
+    "fpo": fpo_data,
+    "self-supervised-po": lambda settings: {"train_dataset": wordy_data()},
     "mpo": mpo_data,
     "ld-align": lambda settings: {
         "train_dataset": tiny.preference_data().add_column("latent_distance", [2.0, 0.5, 1.0, 3.0, 0.1, 1.5, 0.7, 2.5])
     },
     "tpo": lambda settings: {"train_dataset": tiny.triple_data()},
+    "ulma": lambda settings: {"train_dataset": tiny.prompt_completion_data().add_column("label", [True, False] * 4)},
+    "uft": lambda settings: {
+        "train_dataset": tiny.prompt_completion_data()
+        .add_column("score", [1.0, 0.2, 0.7, 1.0, 0.0, 0.4, 1.0, 0.6])
+        .add_column("is_sft", [True, False, False, True, False, False, False, False])
+    },
+    "exo": lambda settings: {"train_dataset": lists()},
 }
+
+
+# What a method trains if not a model that generates
+MODELS = {"eurus-reward": tiny.reward_model}
 
 
 def train(method, tmp_path, tokenizer, steps=3, **settings):
     torch.manual_seed(0)
     trainer = method.trainer_class(
-        model=tiny.model("llama", tokenizer),
+        model=MODELS.get(method.name, lambda tokenizer: tiny.model("llama", tokenizer))(tokenizer),
         args=method.config_class(
             str(tmp_path), use_cpu=True, bf16=False, report_to="none", disable_tqdm=True, logging_steps=1, max_steps=steps,
             per_device_train_batch_size=4, learning_rate=1e-2, overwrite_output_dir=True, **settings,

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import study_killed
+import tiny
 import torch
 import yaml
 from datasets import Dataset
@@ -60,9 +61,17 @@ def test_public_names():
         _ = package.nothing
 
 
+def test_rows_of_lists():
+    rows = [{"prompt": "a", "chosen": "b", "rejected": "c", "reference": "d"}]
+    lists = training_rows("lists", rows, 4, 0)
+    assert list(lists) == [{"prompt": "a", "completions": ["b", "c"], "rewards": [1.0, 0.0]}]
+
+
 def test_every_registered_method_is_known():
-    assert {method.name for method in METHODS} <= set(KNOWN)
+    assert {method.name for method in METHODS if method.kind != "reward"} <= set(KNOWN)
     assert {"sft", "dpo", "ipo", "kto", "cpo", "orpo", "simpo"} <= set(KNOWN)
+    with pytest.raises(ValueError, match="'eurus-reward' trains a reward model, which answers nothing"):
+        get_study_method("eurus-reward")
     for method in KNOWN.values():
         assert method.trainer_class.__name__ == method.trainer
         assert method.config_class.__name__ == method.config
@@ -647,12 +656,15 @@ class TestRun:
         assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
         assert model.training
 
-    def test_all_methods(self, inputs, tmp_path):
+    def test_all_methods(self, inputs, tmp_path, tokenizer):
         """Everything that is registered, from a start with a chat template."""
         starts = {"chat": {"model": inputs["model"], "chat": True}}
         training = settings(inputs, tmp_path)["training"] | {"max_length": 256}
+        for part in (tiny.model("llama", tokenizer, seed=9), tokenizer):
+            part.save_pretrained(tmp_path / "other")
+        methods = {name: {} for name in KNOWN} | {"mrpo": {"ref_models": [str(tmp_path / "other")]}}
         study = Study(
-            settings(inputs, tmp_path / "out", methods=list(KNOWN), sizes=[8], starts=starts, training=training)
+            settings(inputs, tmp_path / "out", methods=methods, sizes=[8], starts=starts, training=training)
         )
         results = run_study(study)
         cells = by_label(results, "chat", 8)
@@ -660,6 +672,7 @@ class TestRun:
         assert not {label: cell["error"] for label, cell in cells.items() if cell["status"] != "done"}
         assert all(cell["train"]["steps"] == 2 for label, cell in cells.items() if label != "start")
         margins = {label: values(cell)["reward_margin"] for label, cell in cells.items()}
+        assert margins.pop("soft-label-po") == margins["dpo"]  # pairs have no soft labels
         assert len(set(margins.values())) == len(margins), "two methods did the same"
 
     @pytest.mark.parametrize("options", [{"ld_alpha": 0.5}, {"sync_ref_model": True}])
@@ -1027,7 +1040,7 @@ def test_the_study_of_the_benchmark(monkeypatch, inputs):
     for name in ("MODEL", "DATA", "OUTPUT"):
         monkeypatch.setenv(name, inputs["model"])
     study = Study.load(file)
-    assert {method.name for method in METHODS} <= set(study.arms)
+    assert {"sft", "ift", "dpo", "ipo", "kto", "cpo", "mpo", "tpo"} <= set(study.arms)
     assert study.steps(study.arms["dpo"], 128) == 16
 
 

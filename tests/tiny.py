@@ -71,7 +71,9 @@ _FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 FAMILIES = tuple(_FAMILIES)
 
 
-def model(family: str, tokenizer: PreTrainedTokenizerFast, seed: int = 0, **overrides: Any) -> PreTrainedModel:
+def model(
+    family: str, tokenizer: PreTrainedTokenizerFast, seed: int = 0, head: str = "CausalLM", **overrides: Any
+) -> PreTrainedModel:
     """A tiny model of the family, float32, Xavier-initialised (at this width the default 0.02 would kill gradients)."""
     name, options = _FAMILIES[family]
     options = _COMMON | options | overrides
@@ -83,11 +85,16 @@ def model(family: str, tokenizer: PreTrainedTokenizerFast, seed: int = 0, **over
         bos_token_id=None,
         **options,
     )
-    created = getattr(transformers, f"{name}ForCausalLM")(config)
+    created = getattr(transformers, f"{name}For{head}")(config)
     for parameter in created.parameters():
         if parameter.dim() >= 2:
             torch.nn.init.xavier_uniform_(parameter)
     return created.eval()
+
+
+def reward_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> PreTrainedModel:
+    """A tiny reward model: a Llama with one output."""
+    return model("llama", tokenizer, seed, head="SequenceClassification", num_labels=1)
 
 
 def text_data() -> Dataset:

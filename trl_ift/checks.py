@@ -239,7 +239,7 @@ def check_preference_dataset(
                 raise ValueError(f"`{name}` lacks the column '{column.name}'; its columns are {sorted(row)}. Add it.")
             continue
         if hasattr(dataset, "num_rows"):
-            for index, value in enumerate(dataset.with_format(None)[column.name][:]):
+            for index, value in enumerate(column.values_of(dataset)):
                 column.check(value, f"`{name}`, row {index}")
         else:
             column.check(row[column.name], f"`{name}`, first row")

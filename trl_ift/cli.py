@@ -26,8 +26,10 @@ from .registry import METHODS, Method, get_method, methods_table, symptoms_table
 _TOOLS = {
     "generate": ("trl_ift.data.generation", "Sample completions of a model for a prompt dataset"),
     "pairs": ("trl_ift.data.pairs", "Pair the answers of an SFT dataset with generated ones"),
+    "counterfactual": ("trl_ift.data.counterfactual", "Pair a model's answers with and without a style instruction"),
     "guide": ("trl_ift.latent.training", "Train the guiding model of LD-Align"),
     "weigh": ("trl_ift.latent.weigh", "Weigh pairs by the latent distance of their answers"),
+    "token-weights": ("trl_ift.data.token_weights", "Estimate weights of the tokens of pairs, for TIS-DPO"),
     "triples": ("trl_ift.data.triples", "Build triples (gold, chosen, rejected) from scored responses"),
     "score": ("trl_ift.data.scoring", "Write the loss of every row of an SFT dataset under a model"),
     "select": ("trl_ift.data.selection", "Select rows of an SFT dataset by their scores, with a report"),

@@ -80,11 +80,13 @@ class ExtensionTrainer(_Trainer):
         config_class: Config that the trainer takes; a foreign one is refused.
         method: Name of the method in the registry.
         card_options: Options of TRL's config that the model card shows beside the method's own.
+        pipeline_tag: What the trained model does, on the Hub.
     """
 
     config_class: type
     method: str
     card_options: tuple[str, ...] = ()
+    pipeline_tag = "text-generation"
 
     @classmethod
     def _own_config(cls, args: Any, model: Any) -> Any:
@@ -203,7 +205,8 @@ class ExtensionTrainer(_Trainer):
             metric_name: Name to print; the identifier by default.
         """
         results = self.__dict__.setdefault("_eval_results", {})
-        results[(metric, dataset, split)] = _eval_result(metric, value, dataset, split, metric_name)
+        arguments = (metric, value, dataset, split, metric_name, self.pipeline_tag)
+        results[(metric, dataset, split)] = _eval_result(*arguments)
 
     def _all_eval_results(self) -> list[EvalResult]:
         """The results added, and the last losses of the evaluations during training."""
@@ -220,7 +223,7 @@ class ExtensionTrainer(_Trainer):
                 metric, name = "sft_loss", "NLL per token (nats)"
             elif key != "eval_loss":  # one of several evaluation datasets
                 dataset = key.removeprefix("eval_").removesuffix("_loss")
-            results[key] = _eval_result(metric, value, dataset, "evaluation", name)
+            results[key] = _eval_result(metric, value, dataset, "evaluation", name, self.pipeline_tag)
         return list(results.values())
 
     def create_model_card(
@@ -301,6 +304,7 @@ class ExtensionTrainer(_Trainer):
             "wandb_url": wandb_run.url if wandb_run is not None else None,
             "trackio_url": get_trackio_space_url(),
             "comet_url": get_comet_experiment_url(),
+            "pipeline_tag": self.pipeline_tag,
         }
 
     @classmethod
@@ -400,9 +404,11 @@ class ExtensionTrainer(_Trainer):
         self.push_in_progress = PushInProgress(jobs)
 
 
-def _eval_result(metric: str, value: float, dataset: str, split: str | None, metric_name: str | None) -> EvalResult:
+def _eval_result(
+    metric: str, value: float, dataset: str, split: str | None, metric_name: str | None, task: str
+) -> EvalResult:
     return EvalResult(
-        task_type="text-generation",
+        task_type=task,
         dataset_type=re.sub(r"[^\w./-]+", "-", dataset),
         dataset_name=dataset,
         dataset_split=split,

@@ -22,16 +22,18 @@ from datasets import Dataset, IterableDataset
 from packaging.version import Version
 from torch.distributed.tensor import DTensor
 from transformers import Trainer
-from trl import DPOTrainer, SFTTrainer, get_training_chat_template
+from trl import DPOTrainer, KTOTrainer, RewardTrainer, SFTTrainer, get_training_chat_template
 from trl.chat_template_utils import has_generation_markers
 from trl.cli.accelerate_config import resolve_accelerate_config_argument
 from trl.data_utils import _tokenize as tokenize
 from trl.data_utils import common_prefix_length
 from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 from trl.scripts.env import print_env
-from trl.trainer import dpo_trainer, sft_trainer
+from trl.trainer import dpo_trainer, kto_trainer, sft_trainer
 from trl.trainer import utils as trl_utils
 from trl.trainer.dpo_trainer import DataCollatorForPreference
+from trl.trainer.kto_trainer import DataCollatorForUnpairedPreference
+from trl.trainer.reward_trainer import DataCollatorForPreference as DataCollatorForReward
 from trl.trainer.utils import (
     FusedCausalLMOutput,
     add_fused_lm_head,
@@ -49,6 +51,8 @@ from trl.trainer.utils import (
 __all__ = [
     "TRL_PAIR_LOSSES",
     "DataCollatorForPreference",
+    "DataCollatorForReward",
+    "DataCollatorForUnpairedPreference",
     "FusedCausalLMOutput",
     "FusedTap",
     "LMHead",
@@ -65,6 +69,7 @@ __all__ = [
     "get_trackio_space_url",
     "global_then_local_main_first",
     "keep_4bit_trainable_on_cpu",
+    "kto_construction",
     "pad",
     "prepare_sft_rows",
     "print_env",
@@ -89,10 +94,20 @@ _EXPECTED_PARAMETERS: dict[Callable, tuple[str, ...]] = {
     DPOTrainer.compute_ref_log_probs: ("self", "model", "inputs"),
     DPOTrainer._precompute_ref_logps: ("self", "dataset", "name", "batch_size"),
     DPOTrainer._set_signature_columns_if_needed: ("self",),
+    KTOTrainer._prepare_dataset: ("self", "dataset", "processing_class", "args", "dataset_name"),
+    KTOTrainer._compute_loss: ("self", "model", "inputs", "return_outputs"),
+    KTOTrainer.compute_ref_log_probs: ("self", "model", "inputs"),
+    KTOTrainer._precompute_ref_logps: ("self", "dataset", "name", "batch_size"),
+    KTOTrainer._set_signature_columns_if_needed: ("self",),
+    DataCollatorForUnpairedPreference.torch_call: ("self", "examples"),
+    RewardTrainer._prepare_dataset: ("self", "dataset", "processing_class", "args", "dataset_name"),
+    RewardTrainer._set_signature_columns_if_needed: ("self",),
+    RewardTrainer.compute_loss: ("self", "model", "inputs", "return_outputs", "num_items_in_batch"),
     add_fused_lm_head: ("model", "temperature", "cast_lm_head_to_fp32", "outputs"),
     create_model_from_path: ("model_id", "architecture", "kwargs"),
     tokenize: ("processing_class", "input", "apply_chat_template_kwargs"),
     DataCollatorForPreference.torch_call: ("self", "examples"),
+    DataCollatorForReward.torch_call: ("self", "examples"),
     ChunkedLogProbFunction.forward: (
         "ctx", "hidden", "weight", "bias", "targets", "temperature", "chunk_size", "final_logit_softcapping",
         "logit_scale", "outputs",
@@ -454,27 +469,37 @@ dpo_compute_loss = _with_pair_mean_hook(DPOTrainer._compute_loss)
 
 
 @contextmanager
-def dpo_construction(labelled_positions_only: bool = True, hash_weights: bool = True) -> Iterator[None]:
+def dpo_construction(
+    labelled_positions_only: bool = True,
+    hash_weights: bool = True,
+    temperature: float = 1.0,
+    trainer_module: Any = dpo_trainer,
+) -> Iterator[None]:
     """While a `DPOTrainer` is built: its fused heads score labelled positions only, and 4-bit weights stay trainable.
 
     TRL adds the heads, and runs them over the data when it precomputes reference log-probs, within one constructor. With
-    `hash_weights=False` the weights are not hashed for a cache of reference log-probs that will not be written.
+    `hash_weights=False` the weights are not hashed for a cache of reference log-probs that will not be written. `temperature`
+    divides the logits of policy and reference.
     """
-    original, original_hash = dpo_trainer.add_fused_lm_head, dpo_trainer.hash_module
+    original, original_hash = trainer_module.add_fused_lm_head, trainer_module.hash_module
 
     def add_head(model: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
         keep_4bit_trainable_on_cpu(model)
-        original(model, *args, **kwargs)
+        original(model, *args, **kwargs, temperature=temperature)
         if labelled_positions_only:
             score_labelled_positions_only(model)
 
-    dpo_trainer.add_fused_lm_head = add_head
+    trainer_module.add_fused_lm_head = add_head
     if not hash_weights:
-        dpo_trainer.hash_module = lambda module: ""
+        trainer_module.hash_module = lambda module: ""
     try:
         yield
     finally:
-        dpo_trainer.add_fused_lm_head, dpo_trainer.hash_module = original, original_hash
+        trainer_module.add_fused_lm_head, trainer_module.hash_module = original, original_hash
+
+
+# The same while a `KTOTrainer` is built
+kto_construction = functools.partial(dpo_construction, trainer_module=kto_trainer)
 
 
 def share_cache_folder(dataset: Dataset) -> None:

@@ -82,6 +82,7 @@ def build_model_card(
     wandb_url: str | None = None,
     trackio_url: str | None = None,
     comet_url: str | None = None,
+    pipeline_tag: str = "text-generation",
 ) -> ModelCard:
     """Build the model card of a trained model.
 
@@ -111,6 +112,7 @@ def build_model_card(
         wandb_url: Run on Weights & Biases.
         trackio_url: Run on Trackio.
         comet_url: Run on Comet.
+        pipeline_tag: What the model does: `"text-generation"`, or `"text-classification"` for a reward model.
 
     Returns:
         The card. `str(card)` is the text of `README.md`.
@@ -132,7 +134,7 @@ def build_model_card(
         base_model=base_model,
         base_model_relation=("adapter" if peft else "finetune") if base_model else None,
         library_name="peft" if peft else "transformers",
-        pipeline_tag="text-generation",
+        pipeline_tag=pipeline_tag,
         license=license,
         datasets=hub_datasets or None,
         tags=[*dict.fromkeys(["trl", "trl-ift", *tags, "generated_from_trainer"])],
@@ -160,6 +162,7 @@ def build_model_card(
         location_comment="" if hub_model_id else "  # the folder that holds this card",
         datasets=_dataset_phrase(names),
         chat=chat,
+        reward=pipeline_tag == "text-classification",
         peft=peft,
         peft_summary=peft_summary,
         quantization=quantization,
@@ -217,7 +220,7 @@ def _metadata_problems(data: dict[str, Any]) -> list[str]:
         problems.append("metadata key `licence` does not exist on the Hub: use `license`")
     if data.get("library_name") not in ("peft", "transformers"):
         problems.append(f"library_name is {data.get('library_name')!r}")
-    if data.get("pipeline_tag") != "text-generation":
+    if data.get("pipeline_tag") not in ("text-generation", "text-classification"):
         problems.append(f"pipeline_tag is {data.get('pipeline_tag')!r}")
     base_models = data.get("base_model") or []
     for name in base_models if isinstance(base_models, list) else [base_models]:

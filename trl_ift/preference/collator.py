@@ -1,11 +1,14 @@
 """Extra columns and extra branches of preference batches: how a method declares them, and how they are collated."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
+import numpy as np
 import torch
+from datasets import Dataset
 
 from ..trl_internals import DataCollatorForPreference, pad
 
@@ -40,6 +43,52 @@ class Column:
                 f"{where}: column '{self.name}' holds {value}, expected a finite number in [{low}, {high}]. Correct or drop "
                 "the row."
             )
+
+    def values_of(self, dataset: Dataset) -> Iterable[Any]:
+        """The values of all rows, as `check` takes them."""
+        return dataset.with_format(None)[self.name][:]
+
+    def tensor(self, values: list[Any]) -> torch.Tensor:
+        """The values of a batch of B rows, float32, B first."""
+        return torch.tensor(values, dtype=torch.float32)
+
+
+@dataclass(frozen=True)
+class TokenColumn(Column):
+    """A number for each token of a response, its end-of-sequence token included; e.g. a weight. A list of floats per row.
+
+    The tokens are those that the trainer makes of the response. In a batch, (B, T-1), the numbers stand where the policy's
+    `token_logps` of their tokens do, with 0 elsewhere, and are truncated with them.
+
+    Attributes:
+        response: `"chosen"` or `"rejected"`.
+    """
+
+    response: str = "chosen"
+
+    def check(self, value: Any, where: str) -> None:
+        """Raise unless `value` is a list of finite numbers in the range."""
+        numbers = np.asarray(value)
+        if numbers.ndim != 1 or (numbers.size and numbers.dtype.kind not in "iuf"):
+            found = type(value).__name__ if numbers.ndim == 0 else f"a list like {list(value)[:3]!r}"
+            raise TypeError(
+                f"{where}: column '{self.name}' must hold a list of numbers, one a token of '{self.response}', found {found}. "
+                "Fill or drop the row."
+            )
+        outside = ~((numbers >= self.low) & (numbers <= self.high) & np.isfinite(numbers))
+        for number in numbers[outside][:1].tolist():
+            super().check(number, where)
+
+    def check_length(self, numbers: int, tokens: int, where: str) -> None:
+        """Raise unless there is one number for each token of the response."""
+        if numbers != tokens:
+            raise ValueError(
+                f"{where}: column '{self.name}' holds {numbers} numbers, and '{self.response}' has {tokens} tokens, with the "
+                "end-of-sequence token. Compute the column with the tokenizer and the chat template of the training."
+            )
+
+    def values_of(self, dataset: Dataset) -> Iterable[Any]:
+        return (row[self.name] for row in dataset.select_columns(self.name).with_format("numpy"))
 
 
 WEIGHT = Column("weight", low=0.0)
@@ -78,12 +127,14 @@ BRANCH_KEYS = ("input_ids", "attention_mask", "completion_mask", "pair", "ref_lo
 class PreferenceCollator(DataCollatorForPreference):
     """[`~trl.trainer.dpo_trainer.DataCollatorForPreference`] with the extra columns and branches of a method.
 
-    Beside TRL's keys, a batch of B pairs holds each extra column, shape (B,), and for each branch of N rows
-    `<branch>_input_ids`, `<branch>_attention_mask`, `<branch>_completion_mask`, all (N, T), `<branch>_pair`, the index of
-    the pair a row belongs to, (N,), and `<branch>_ref_logps`, (N,), where they are stored.
+    Beside TRL's keys, a batch of B pairs holds each extra column, shape (B,), or (B, T) with a number for each of the T
+    `input_ids` of its response if it is a `TokenColumn`, and for each branch of N rows `<branch>_input_ids`,
+    `<branch>_attention_mask`, `<branch>_completion_mask`, all (N, T), `<branch>_pair`, the index of the pair a row belongs to,
+    (N,), and `<branch>_ref_logps`, (N,), where they are stored.
 
     Raises:
-        TypeError, ValueError: A value of an extra column is no number or out of its range.
+        TypeError, ValueError: A value of an extra column is no number or out of its range, or a `TokenColumn` has another
+            number of values than its response has tokens.
     """
 
     columns: tuple[Column, ...] = ()
@@ -96,19 +147,35 @@ class PreferenceCollator(DataCollatorForPreference):
                 values = [example[column.name] for example in examples]
                 for value in values:
                     column.check(value, "the batch")
-                batch[column.name] = torch.tensor(values, dtype=torch.float32)
+                if isinstance(column, TokenColumn):
+                    batch[column.name] = self._collate_tokens(column, examples, batch["input_ids"].size(1))
+                else:
+                    batch[column.name] = column.tensor(values)
         for branch in self.branches:
             if branch.rows_column in examples[0]:
                 batch |= self._collate_branch(branch, examples)
         return batch
 
+    @property
+    def _window(self) -> slice:
+        """The part of a sequence that truncation leaves."""
+        if self.max_length is None:
+            return slice(None)
+        return slice(None, self.max_length) if self.truncation_mode == "keep_start" else slice(-self.max_length, None)
+
+    def _collate_tokens(self, column: TokenColumn, examples: list[dict[str, Any]], width: int) -> torch.Tensor:
+        """Numbers of tokens, (B, width): 0 on the prompt and on padding."""
+        found = torch.zeros(len(examples), width)
+        for row, example in enumerate(examples):
+            values = example[column.name]
+            column.check_length(len(values), len(example[f"{column.response}_ids"]), "the batch")
+            numbers = torch.tensor([*[0.0] * len(example["prompt_ids"]), *values][self._window])
+            found[row, : len(numbers)] = numbers
+        return found
+
     def _collate_branch(self, branch: Branch, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         rows = [(pair, row) for pair, example in enumerate(examples) for row in example[branch.rows_column]]
-        window = slice(None)
-        if self.max_length is not None:
-            window = (
-                slice(None, self.max_length) if self.truncation_mode == "keep_start" else slice(-self.max_length, None)
-            )
+        window = self._window
         ids, masks = [], []
         for _, row in rows:
             prompt, completion = row["prompt_ids"], row["completion_ids"]

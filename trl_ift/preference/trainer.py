@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow.compute as pc
 import torch
 import torch.nn.functional as F
 from accelerate.utils import is_peft_model
@@ -42,11 +43,12 @@ from transformers import (
     TrainerCallback,
 )
 from transformers.utils import logging
-from trl import DPOConfig, DPOTrainer, is_conversational
+from trl import DPOConfig, DPOTrainer, extract_prompt, is_conversational
 
 from ..checks import check_choice, check_peft, check_preference_dataset, check_range, check_unused
 from ..data.caching import versioned
 from ..data.fingerprint import differs_from_source
+from ..data.inference import load_tokenizer
 from ..extension import ExtensionConfig, ExtensionTrainer
 from ..hub.card import library_versions
 from ..trl_internals import (
@@ -63,7 +65,7 @@ from ..trl_internals import (
     share_cache_folder,
     tokenize,
 )
-from .collator import BRANCH_KEYS, WEIGHT, Branch, Column, PreferenceCollator
+from .collator import BRANCH_KEYS, WEIGHT, Branch, Column, PreferenceCollator, TokenColumn
 
 
 _REF_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
@@ -144,7 +146,8 @@ class Responses:
 
     Attributes:
         logps: Log-probability of each response, summed over its tokens, float32, shape (N,). With `ld_alpha`, the tokens
-            of a pair beyond its shorter response count `ld_alpha` times, as in TRL.
+            of a pair beyond its shorter response count `ld_alpha` times, as in TRL; with the trainer's `token_weights`, each
+            token as often as its weight says.
         token_logps: Log-probability of each token, 0 outside the response, shape (N, T-1).
         mask: Whether a position predicts a token of the response, shape (N, T-1).
         lengths: Number of tokens, shape (N,).
@@ -184,7 +187,8 @@ class PreferenceBatch:
         chosen: The B chosen responses.
         rejected: The B rejected responses.
         branches: Other responses by the name of their branch; a branch that the batch lacks is missing.
-        columns: Extra columns by name, each (B,); a column that the dataset lacks is missing.
+        columns: Extra columns by name, each (B,), or (B, T-1) like `token_logps` for a `TokenColumn`; a column that the
+            dataset lacks is missing.
     """
 
     chosen: Responses
@@ -207,13 +211,15 @@ class Term:
 
     Attributes:
         total: Sum over the micro-batch, a scalar.
-        branch: `"chosen"`, `"rejected"`, or a branch, whose responses are counted.
-        per: What is counted: `"token"`, `"row"`, or `"batch token"`, the tokens of the micro-batch alone.
+        branch: What is counted: the responses `"chosen"`, `"rejected"` or of a branch, or a `TokenColumn`, whose tokens are
+            those with another value than 0; or several of them.
+        per: In which unit: `"token"`, `"row"`, or `"batch token"`, the tokens of the micro-batch alone; `"batch"` for a total
+            that has been divided by a count of its micro-batch.
         weight: Factor.
     """
 
     total: torch.Tensor
-    branch: str
+    branch: str | tuple[str, ...]
     per: str
     weight: float = 1.0
 
@@ -235,10 +241,17 @@ def sequence_logps(token_logps: torch.Tensor, mask: torch.Tensor, ld_alpha: floa
 class _PairTap(FusedTap):
     """Runs all branches in the forward pass of the pairs, keeps its output, and shows TRL's loss the pairs alone."""
 
-    def __init__(self, model: torch.nn.Module, branches: dict[str, dict[str, torch.Tensor]], weight: Any):
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        branches: dict[str, dict[str, torch.Tensor]],
+        weight: Any,
+        token_weights: torch.Tensor | None = None,
+    ):
         super().__init__(model)
         self.branches = branches
         self.weight = weight
+        self.token_weights = token_weights
 
     def __call__(self, *args, **kwargs):
         if not kwargs.get("fused_lm_head") or self.output is not None:
@@ -246,7 +259,7 @@ class _PairTap(FusedTap):
         rows, width = kwargs["input_ids"].shape
         if not self.branches:
             self.output = self.model(*args, **kwargs)
-            return self.output
+            return self._weighted(self.output)
         joint = max(width, *(branch["input_ids"].size(1) for branch in self.branches.values()))
         for key, padding in (("input_ids", 0), ("attention_mask", 0), ("labels", -100)):
             parts = [kwargs[key], *(branch[key] for branch in self.branches.values())]
@@ -260,7 +273,15 @@ class _PairTap(FusedTap):
             else value
             for name, value in self.output.items()
         }
-        return FusedCausalLMOutput(**pairs)
+        return self._weighted(FusedCausalLMOutput(**pairs))
+
+    def _weighted(self, output: FusedCausalLMOutput) -> FusedCausalLMOutput:
+        """The output that TRL sees, whose log-probs it adds up."""
+        if self.token_weights is None:
+            return output
+        weights = self.token_weights.to(output.log_probs.device)
+        virtual = output.log_probs.size(1) - weights.size(1)  # tokens of prompt learning
+        return FusedCausalLMOutput(**{**output, "log_probs": output.log_probs * F.pad(weights, (virtual, 0))})
 
     def pair_mean(self, per_sequence_loss: torch.Tensor, loss_type: str) -> torch.Tensor:
         """Mean over the pairs of one of TRL's losses, weighted; called from TRL's loss function."""
@@ -288,6 +309,10 @@ class PreferenceTrainer(ExtensionTrainer, DPOTrainer):
         branches: Responses beside chosen and rejected; declared by subclasses.
         uses_reference: Whether the loss reads reference log-probabilities.
         stores_reference: Whether they are always computed before training, so that no reference model is kept.
+        scores_branches: Whether a reference that runs beside the policy scores the branches too.
+        token_weights: Names of the `TokenColumn`s of chosen and rejected that the log-probabilities of their tokens are
+            multiplied by, those of the policy and of the reference, wherever they are summed.
+        logit_temperature: What the logits of policy and reference are divided by.
     """
 
     config_class: type = PreferenceConfig
@@ -297,6 +322,9 @@ class PreferenceTrainer(ExtensionTrainer, DPOTrainer):
     branches: tuple[Branch, ...] = ()
     uses_reference = True
     stores_reference = False
+    scores_branches = False
+    token_weights: tuple[str, str] | None = None
+    logit_temperature = 1.0
     data_collator: Any
     _precompute_model_hash: Any
     # TRL projects prompt and padding too, on a CPU; the tests of exact equality switch this off
@@ -334,6 +362,7 @@ class PreferenceTrainer(ExtensionTrainer, DPOTrainer):
         if ref_model is not None and not self.uses_reference:
             raise ValueError(f"`ref_model` has no effect: {name} does not compare with a reference model. Drop it.")
         stored = self._check_datasets(args, train_dataset, eval_dataset)
+        self._check_first_tokens(args, model, processing_class, train_dataset, eval_dataset)
         if stored and ref_model is not None:
             raise ValueError(
                 f"The dataset holds reference log-probabilities ({', '.join(_REF_COLUMNS)}) and a `ref_model` was passed. Drop "
@@ -343,6 +372,7 @@ class PreferenceTrainer(ExtensionTrainer, DPOTrainer):
             _check_instance(model, peft_config)
             keep_4bit_trainable_on_cpu(model)
 
+        self._has_default_collator = data_collator is None
         self._stored_reference = stored
         self._reference_is_gone = False
         # With these TRL keeps no reference model, and asks `_precompute_ref_logps` for the values
@@ -355,7 +385,8 @@ class PreferenceTrainer(ExtensionTrainer, DPOTrainer):
 
         asked_for, args.precompute_ref_log_probs = args.precompute_ref_log_probs, without_model
         try:
-            with dpo_construction(self._labelled_positions_only, hash_weights=self.uses_reference and not stored):
+            options: dict[str, Any] = {"hash_weights": self.uses_reference and not stored}
+            with dpo_construction(self._labelled_positions_only, temperature=self.logit_temperature, **options):
                 super().__init__(
                     model=model,
                     ref_model=ref_model,
@@ -382,14 +413,18 @@ class PreferenceTrainer(ExtensionTrainer, DPOTrainer):
         if self._has_own_loss:
             self.loss_types: list[str] = []  # TRL computes reference and metrics, the loss is ours
             self.loss_weights: list[float] = []
-        if data_collator is None:
+        self._replace_collator()
+        if data_collator is not None:
+            self._check_collator()
+
+    def _replace_collator(self) -> None:
+        """Put ours in the place of TRL's default collator."""
+        if self._has_default_collator and not isinstance(self.data_collator, PreferenceCollator):
             options = {
                 field: getattr(self.data_collator, field)
                 for field in ("pad_token_id", "max_length", "truncation_mode", "pad_to_multiple_of")
             }
             self.data_collator = PreferenceCollator(**options, columns=self._all_columns, branches=self.branches)
-        else:
-            self._check_collator()
 
     def _check_collator(self) -> None:
         """Refuse a collator that loses what the method reads."""
@@ -427,6 +462,10 @@ class PreferenceTrainer(ExtensionTrainer, DPOTrainer):
     @property
     def _all_columns(self) -> tuple[Column, ...]:
         return (WEIGHT, *self.columns)
+
+    @property
+    def _token_columns(self) -> list[TokenColumn]:
+        return [column for column in self.columns if isinstance(column, TokenColumn)]
 
     # ---------------------------------------------------------------- data
 
@@ -466,15 +505,32 @@ class PreferenceTrainer(ExtensionTrainer, DPOTrainer):
                 f"`ld_alpha` weighs the tokens of a response, and the columns {_REF_COLUMNS} of `{name}` are sums over all of "
                 "them. Drop one of the two."
             )
+        if _REF_COLUMNS[0] in row and self.uses_reference and self.token_weights is not None:
+            raise ValueError(
+                f"{type(self).__name__} weighs the tokens of a response, and the columns {_REF_COLUMNS} of `{name}` are sums "
+                "over all of them alike. Drop them; `precompute_ref_log_probs=True` stores weighted ones."
+            )
         if WEIGHT.name in row and any(loss.startswith("aot") for loss in args.loss_type):
             raise ValueError(
                 "The losses 'aot' and 'aot_unpaired' sort the log-ratios of a batch, so that pairs have no losses of their "
                 "own: they cannot be combined with the column 'weight'. Drop one of the two."
             )
 
+    def _check_first_tokens(self, args: Any, model: Any, processing_class: Any, *datasets: Any) -> None:
+        """Raise, before a model is loaded, if a first row has numbers of other tokens than the tokenizer makes."""
+        parts = [part for data in datasets for part in (data.values() if isinstance(data, dict) else [data])]
+        for row in [next(iter(part)) for part in parts if part is not None and self._token_columns]:
+            columns = [column for column in self._token_columns if column.name in row]
+            if columns and "prompt_ids" not in row:
+                tokenizer = load_tokenizer(model, processing_class, args.model_init_kwargs or {})
+                row = row | pair_ids(row, tokenizer, tokenizer.eos_token)
+            for column in columns:
+                column.check_length(len(row[column.name]), len(row[f"{column.response}_ids"]), "the first row")
+
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
         prepared, kept = self._prepare_rows(dataset, processing_class, args, dataset_name)
         if isinstance(dataset, Dataset):
+            _check_token_counts(prepared, self._token_columns, dataset_name)
             _report_dropped(dataset, prepared, kept, dataset_name, args, self._drop_options(args))
         else:  # an endless stream of untrainable rows must not hang the check
             _, probe = self._prepare_rows(dataset.take(1000), processing_class, args, dataset_name)
@@ -544,10 +600,14 @@ class PreferenceTrainer(ExtensionTrainer, DPOTrainer):
                 f"Cannot compute reference log-probs for the {name} dataset: the adapter that training started from is no "
                 "longer in memory. Provide the dataset as `eval_dataset` to the constructor."
             )
+        if self.token_weights is not None:
+            self._replace_collator()  # within TRL's constructor: TRL's collator leaves the weights out
         saved, training = self._precompute_model_hash, self.model.training
         # All that the values depend on beside the weights and the data
         device = self.args.device.type
         options = [self.ld_alpha, self.args.max_length, self.args.truncation_mode, self.args.bf16, self.args.fp16]
+        options += [self.logit_temperature] if self.logit_temperature != 1 else []
+        options += [self.token_weights] if self.token_weights is not None else []
         self._precompute_model_hash = Hasher.hash((saved, options, str(self.model.dtype), device, library_versions()))
         self.model.eval()
         if self.accelerator.num_processes > 1 and isinstance(dataset, Dataset):
@@ -559,7 +619,10 @@ class PreferenceTrainer(ExtensionTrainer, DPOTrainer):
             self.model.train(training)
 
     def compute_ref_log_probs(self, model, inputs):
-        return super().compute_ref_log_probs(model, self._split(inputs)[0])
+        pairs, extra = self._split(inputs)
+        if (weights := self._weights_of_tokens(extra)) is not None:
+            model = _PairTap(model, {}, None, weights)
+        return super().compute_ref_log_probs(model, pairs)
 
     def _check_first_rewards(self, num_tokens: torch.Tensor) -> None:
         """Raise if the untrained policy does not agree with its reference."""
@@ -632,6 +695,12 @@ class PreferenceTrainer(ExtensionTrainer, DPOTrainer):
             {key: value for key, value in inputs.items() if key in own},
         )
 
+    def _weights_of_tokens(self, extra: dict[str, Any]) -> torch.Tensor | None:
+        """Weights of the tokens of the pairs in a batch, (2B, T-1), chosen first; `None` where they are not weighted."""
+        if self.token_weights is None or self.token_weights[0] not in extra:
+            return None
+        return torch.cat([extra[name] for name in self.token_weights])[:, 1:]
+
     @property
     def _counts_steps(self) -> bool:
         return self._has_own_loss or type(self).branch_terms is not PreferenceTrainer.branch_terms
@@ -643,17 +712,22 @@ class PreferenceTrainer(ExtensionTrainer, DPOTrainer):
         for branch in self.branches:
             if f"{branch.name}_completion_mask" in inputs:
                 masks[branch.name] = inputs[f"{branch.name}_completion_mask"]
-        return {
+        counts = {
             name: {"row": torch.tensor(mask.size(0), device=mask.device), "token": (mask[:, 1:] != 0).sum()}
             for name, mask in masks.items()
         }
+        for column in self._token_columns:
+            if column.name in inputs:
+                tokens = inputs[column.name][:, 1:] != 0
+                counts[column.name] = {"row": tokens.any(1).sum(), "token": tokens.sum()}
+        return counts
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """As in TRL; counts the rows and tokens of the optimizer step that divide the terms of the loss."""
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self._counts_steps and batches:
             counts = [self._counts(batch) for batch in batches]
-            names = ["chosen", "rejected", *(branch.name for branch in self.branches)]
+            names = ["chosen", "rejected", *(b.name for b in self.branches), *(c.name for c in self._token_columns)]
             zero = {"row": torch.zeros(()), "token": torch.zeros(())}
             totals = torch.stack(
                 [
@@ -671,30 +745,36 @@ class PreferenceTrainer(ExtensionTrainer, DPOTrainer):
 
     def _value(self, term: Term, inputs: dict[str, Any]) -> torch.Tensor:
         """Value of a term in the loss of a micro-batch, which is averaged over micro-batches and processes later."""
-        factor = 1
+        if term.per == "batch":
+            return term.weight * term.total
+        names, factor = (term.branch,) if isinstance(term.branch, str) else term.branch, 1
         if term.per != "batch token" and self.model.training and self._step_counts is not None:
-            count = self._step_counts[term.branch][term.per]
+            counts = [self._step_counts[name][term.per] for name in names]
             factor = self.current_gradient_accumulation_steps
             if self.args.average_tokens_across_devices:
                 factor *= self.accelerator.num_processes // self._tp_size
         else:
-            count = self._counts(inputs)[term.branch][term.per.removeprefix("batch ")]
+            found = self._counts(inputs)
+            counts = [found[name][term.per.removeprefix("batch ")] for name in names]
+        count = torch.stack(counts).sum()
         return term.weight * term.total * (factor / count.clamp(min=1).to(term.total.device))
 
     def _compute_loss(self, model, inputs, return_outputs):
         mode = "train" if self.model.training else "eval"
         pairs, extra = self._split(inputs)
         branches = self._branch_inputs(extra)
+        token_weights = self._weights_of_tokens(extra)
         ref_token_logps = None
         if not self.uses_reference:
             zeros = torch.zeros(pairs["input_ids"].size(0) // 2, device=pairs["input_ids"].device)
             pairs |= dict.fromkeys(_REF_COLUMNS, zeros)
-        elif _REF_COLUMNS[0] not in pairs and self._has_own_loss:
-            ref_tap = FusedTap(self.ref_model or self.model)
+        elif _REF_COLUMNS[0] not in pairs and (self._has_own_loss or token_weights is not None):
+            scored = branches if self.scores_branches else {}
+            ref_tap = _PairTap(self.ref_model or self.model, scored, None, token_weights)
             pairs |= zip(_REF_COLUMNS, self.compute_ref_log_probs(ref_tap, pairs), strict=True)
             ref_token_logps = ref_tap.output.log_probs
 
-        tap = _PairTap(model, branches, extra.get(WEIGHT.name))
+        tap = _PairTap(model, branches, extra.get(WEIGHT.name), token_weights)
         with self._reference_in_batch(_REF_COLUMNS[0] in pairs):
             base = dpo_compute_loss(self, tap, pairs, return_outputs)
         loss = base[0] if return_outputs else base
@@ -765,12 +845,16 @@ class PreferenceTrainer(ExtensionTrainer, DPOTrainer):
                 ref_token_logps=ref_token_logps,
             )
 
-        pair_logps = sequence_logps(token_logps[: 2 * number], mask[: 2 * number], self.ld_alpha).chunk(2)
+        summed = token_logps[: 2 * number]
+        if (weights := self._weights_of_tokens(extra)) is not None:
+            summed = summed * F.pad(weights.to(device), (0, width - weights.size(1)))
+        pair_logps = sequence_logps(summed, mask[: 2 * number], self.ld_alpha).chunk(2)
         ref_logps = [pairs[name] if self.uses_reference else None for name in _REF_COLUMNS]
         ref_tokens = [None, None]
-        if ref_token_logps is not None:  # of the pairs alone, which may be narrower
-            own = pairs["input_ids"].size(1) - 1
-            ref_tokens = F.pad(ref_token_logps[:, -own:], (0, width - own)).chunk(2)
+        if ref_token_logps is not None:  # of the pairs alone, which may be narrower, or of all
+            own = width if ref_token_logps.size(0) > 2 * number else pairs["input_ids"].size(1) - 1
+            ref_token_logps = F.pad(ref_token_logps[:, -own:], (0, width - own))
+            ref_tokens = ref_token_logps[: 2 * number].chunk(2)
         chosen, rejected = (
             responses(i * number, (i + 1) * number, pair_logps[i], ref_logps[i], ref_token_logps=ref_tokens[i])
             for i in range(2)
@@ -779,10 +863,17 @@ class PreferenceTrainer(ExtensionTrainer, DPOTrainer):
         for branch in self.branches:
             if (pair := extra.get(f"{branch.name}_pair")) is not None:
                 stop = start + pair.size(0)
-                stored = extra.get(f"{branch.name}_ref_logps")
-                branches[branch.name] = responses(start, stop, ref_logps=stored, pair=pair)
+                stored, live = extra.get(f"{branch.name}_ref_logps"), None
+                if self.scores_branches and ref_token_logps is not None:
+                    live = ref_token_logps[start:stop]
+                    stored = live.sum(1)
+                branches[branch.name] = responses(start, stop, None, stored, pair, live)
                 start = stop
         columns = {c.name: extra[c.name].to(device) for c in self._all_columns if c.name in extra}
+        for column in self._token_columns:
+            if column.name in columns:  # nothing predicts the first token
+                numbers = columns[column.name][:, 1:]
+                columns[column.name] = F.pad(numbers, (0, width - numbers.size(1)))
         return PreferenceBatch(chosen, rejected, branches, columns)
 
     def _log_rewards(self, mode: str, chosen: torch.Tensor, rejected: torch.Tensor) -> None:
@@ -881,6 +972,33 @@ def prompt_and_response_ids(
     ids = tokenize(processing_class, prompt + response, **options)["input_ids"]
     start = common_prefix_length(prompt_ids, ids)
     return ids[:start], ids[start:]
+
+
+def pair_ids(row: dict[str, Any], processing_class: Any, eos_token: str) -> dict[str, list[int]]:
+    """`prompt_ids`, `chosen_ids` and `rejected_ids` of a preference row, as TRL's preference trainers make them."""
+    if "prompt" not in row:
+        row = row | extract_prompt(row)
+    prompt_ids, chosen_ids = prompt_and_response_ids(row, row["chosen"], processing_class, eos_token)
+    other_prompt, rejected_ids = prompt_and_response_ids(row, row["rejected"], processing_class, eos_token)
+    # Where the end of the prompt changes with what follows, both responses start at the first token that does
+    start = min(len(prompt_ids), len(other_prompt))
+    return {
+        "prompt_ids": prompt_ids[:start],
+        "chosen_ids": prompt_ids[start:] + chosen_ids,
+        "rejected_ids": other_prompt[start:] + rejected_ids,
+    }
+
+
+def _check_token_counts(dataset: Dataset, columns: list[TokenColumn], name: str) -> None:
+    """Raise unless every row of a tokenized dataset has as many numbers as tokens."""
+    for column in [column for column in columns if column.name in dataset.column_names]:
+        names, start = [column.name, f"{column.response}_ids"], 0
+        for table in dataset.select_columns(names).with_format("arrow").iter(1000):
+            numbers, tokens = (pc.list_value_length(table[part]).to_numpy() for part in names)
+            for row in (numbers != tokens).nonzero()[0][:1]:
+                where = f"the {name} dataset, row {start + row} of {len(dataset)}"
+                column.check_length(numbers[row], tokens[row], where)
+            start += len(tokens)
 
 
 def _why_dropped(row: dict[str, Any], branches: list[str], eos_token: str, max_length: int | None) -> str | None:

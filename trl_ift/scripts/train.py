@@ -103,6 +103,8 @@ def prepare(method: Method, script_args: Any, training_args: Any, model_args: An
     train_dataset, eval_dataset = load_splits(script_args, dataset_args, training_args)
 
     training_args.model_init_kwargs = model_init_kwargs(training_args, model_args)
+    if method.kind == "reward":
+        model_args.lora_task_type = "SEQ_CLS"  # of another type, the adapter would not train the new head
     return method.trainer_class(
         model=model,
         args=training_args,

@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 
 from ..data.generation import generate_completions
 from ..data.shards import write_file
+from ..data.token_weights import unit_weights
 from ..registry import Method
 from ..stages import as_json, free_memory, say, training_settings
 from .measures import digest_of
@@ -142,6 +143,9 @@ def _arm_data(study: Study, start: Start, arm: Arm, config: Any) -> tuple[Datase
     if kind == "samples" and _needs_samples(arm, config):
         samples = [{"prompt": row["prompt"], "completion": row["rejected"]} for row in data]
         more["reg_dataset"] = Dataset.from_list(samples)
+    if kind == "weighted":
+        tokenizer = study.tokenizers[start.name]
+        data = data.map(unit_weights, fn_kwargs={"tokenizer": tokenizer})
     if arm.method.name == "ld-align":
         data = data.add_column("weight", [1.0] * len(data))
     return data, more

@@ -7,8 +7,12 @@ A study has preference pairs (and, for some methods, a gold answer to each promp
     pairs       the pairs
     unpaired    each pair as one desirable and one undesirable row, in the order of `unpaired_rows`
     triples     the pairs and the gold answer
+    weighted    the pairs, with weights of their tokens that the starting model gives under two prompts
+    lists       each pair as a list of two completions, with the rewards 1 and 0
     samples     the pairs, and answers that the starting model samples
     self-play   the chosen answer, against one that the starting model samples (one iteration)
+
+Methods of the kind `reward` train no model that answers, and are not known here.
 """
 
 import random
@@ -23,7 +27,7 @@ from ..registry import METHODS, Method
 
 
 # Kind -> sequences that the model trains on for one pair
-SEQUENCES = {"sft": 1, "pairs": 2, "unpaired": 2, "triples": 3, "samples": 3, "self-play": 2}
+SEQUENCES = {"sft": 1, "pairs": 2, "unpaired": 2, "triples": 3, "samples": 3, "self-play": 2, "lists": 2, "weighted": 2}
 
 Row = dict[str, Any]
 
@@ -40,7 +44,7 @@ KNOWN: dict[str, Method] = {
     method.name: method
     for method in (
         _trl("sft", "Supervised fine-tuning", "SFTTrainer", "sft", ""),
-        *METHODS,
+        *(method for method in METHODS if method.kind != "reward"),
         _trl("ipo", "Identity Preference Optimization", "PreferenceTrainer", "pairs", "2310.12036", _PAIRS),
         _trl("kto", "Kahneman-Tversky Optimization", "KTOTrainer", "unpaired", "2402.01306"),
         _trl("cpo", "Contrastive Preference Optimization", "CPOTrainer", "pairs", "2401.08417", "trl.experimental.cpo"),
@@ -64,6 +68,11 @@ def get_study_method(name: str) -> Method:
     """The method called `name`; `ValueError` names those that are known."""
     if name in KNOWN:
         return KNOWN[name]
+    if any(method.name == name for method in METHODS):
+        raise ValueError(
+            f"{name!r} trains a reward model, which answers nothing: a study cannot compare it. Known methods: "
+            f"{', '.join(KNOWN)}."
+        )
     near = get_close_matches(name, KNOWN, n=1)
     hint = f"Did you mean {near[0]!r}? " if near else ""
     raise ValueError(f"Unknown method {name!r}. {hint}Known methods: {', '.join(KNOWN)}.")
@@ -93,6 +102,9 @@ def training_rows(kind: str, rows: Sequence[Row], batch_pairs: int, seed: int) -
         return Dataset.from_list([{"prompt": row["prompt"], "completion": row["chosen"]} for row in rows])
     if kind == "unpaired":
         return Dataset.from_list(unpaired_rows(rows, 2 * batch_pairs, seed))
+    if kind == "lists":
+        lists = [{"prompt": row["prompt"], "completions": [row["chosen"], row["rejected"]]} for row in rows]
+        return Dataset.from_list([row | {"rewards": [1.0, 0.0]} for row in lists])
     columns = ("prompt", "chosen", "rejected", *(["reference"] if kind == "triples" else []))
     return Dataset.from_list([{name: row[name] for name in columns} for row in rows])
 

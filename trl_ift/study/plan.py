@@ -27,7 +27,7 @@ from ..stages import as_json, say, training_settings
 from ..trl_internals import tokenize
 from .evaluate import PARTS, HeldOut, Task
 from .measures import digest_of
-from .methods import SEQUENCES, Row, as_chat, get_study_method, options_of, training_rows, unknown_options
+from .methods import KNOWN, SEQUENCES, Row, as_chat, get_study_method, options_of, training_rows, unknown_options
 
 
 BASELINE = "start"  # the start itself, as a row of the tables
@@ -224,7 +224,7 @@ class Study:
     def _method_items(self) -> list[tuple[str, Any]]:
         methods = self._methods
         if methods == "all":
-            return [(method.name, None) for method in METHODS]
+            return [(method.name, None) for method in METHODS if method.name in KNOWN]
         if isinstance(methods, list):
             methods = dict.fromkeys(_distinct(methods, "methods"))
         return list(_mapping(methods, "methods").items())

@@ -406,6 +406,8 @@ def _training_data(study: Study, cell: Cell, arm: Arm, source: str, config: Any)
     if kind == "self-play":
         return _self_play_pairs(study, cell, arm, source), {}
     data = training_rows(kind, rows, study.batch_pairs(arm), cell.seed)
+    if kind == "weighted":
+        return _with_token_weights(study, cell, source, data, config.max_length), {}
     if kind == "samples":
         if not getattr(config, "reg_weight", 1):
             return data, {}
@@ -433,6 +435,16 @@ def _self_play_pairs(study: Study, cell: Cell, arm: Arm, source: str) -> Dataset
         model, tokenizer = load_trained(study, cell.start, source, None)
         pairs = weigh_pairs(pairs, PolicyHiddenState(model, processing_class=tokenizer))
     return pairs
+
+
+def _with_token_weights(study: Study, cell: Cell, source: str, data: Dataset, max_length: int | None) -> Dataset:
+    from ..data.token_weights import CONTRASTIVE_PROMPTS, estimate_token_weights
+
+    model, tokenizer = load_trained(study, cell.start, source, None)
+    positive, negative = CONTRASTIVE_PROMPTS
+    return estimate_token_weights(
+        data, model, positive_prompt=positive, negative_prompt=negative, processing_class=tokenizer, max_length=max_length
+    )
 
 
 # ---------------------------------------------------------------- shared stages
