@@ -3,11 +3,12 @@
     python benchmarks/preference.py                                           # tiny and 135M models on this machine
     python benchmarks/preference.py --sizes 1b --bf16 --lora --tokens 2048    # on a GPU
     python benchmarks/preference.py --prompt_share 0.9 --contenders DPO base  # long prompts, short responses
+    python benchmarks/preference.py --family                                  # the related methods, beside the base
 
 All contenders start from the same model and see the same pairs. A step is what `Trainer.train` does with a collated batch:
 `get_batch_samples`, `training_step` (loss, metrics, backward), AdamW. Times are medians over rounds of the ratio to the first
 contender's step of the same round. The second table has them for each of our trainers beside its counterpart in TRL; the losses
-of the two must agree in the first two steps. While times are taken, all contenders train the same weights (LoRA: adapters of
+of the two must agree in the first two steps. With `--family`, it has the related methods beside what they add their mathematics to. While times are taken, all contenders train the same weights (LoRA: adapters of
 their own on the same weights), so that all of them fit. Memory is the peak of a process that runs one contender alone.
 """
 
@@ -36,6 +37,32 @@ CONTENDERS = {
     "CPO": ("trl.experimental.cpo.CPOTrainer", {"beta": 0.1}),
     "TPO gold=chosen": ("trl_ift.TPOTrainer", {"beta": 0.1, "gold_from": "chosen"}),
 }
+STORED = {"precompute_ref_log_probs": True}
+# The related methods, in the order of the registry
+FAMILY = {
+    "DPOP": ("trl_ift.DPOPTrainer", STORED),
+    "MinorDPO": ("trl_ift.MinorDPOTrainer", STORED),
+    "chi-PO": ("trl_ift.ChiPOTrainer", STORED),
+    "regularized PO": ("trl_ift.RegularizedPOTrainer", STORED),
+    "regularized PO, token_mean": ("trl_ift.RegularizedPOTrainer", {"rpo_normalization": "token_mean", **STORED}),
+    "soft labels": ("trl_ift.SoftLabelPOTrainer", STORED),
+    "Ada-DPO": ("trl_ift.AdaDPOTrainer", STORED),
+    "Ada-DPO, quadratic": ("trl_ift.AdaDPOTrainer", {"tau_penalty": "quadratic", **STORED}),
+    "ASFT": ("trl_ift.AlignedSFTTrainer", {}),
+    "TIS-DPO": ("trl_ift.TISDPOTrainer", STORED),
+    "relative PO": ("trl_ift.RelativePOTrainer", STORED),
+    "MRPO": ("trl_ift.MRPOTrainer", STORED),
+    "SPO-style": ("trl_ift.SelfSupervisedPOTrainer", STORED),
+    "FIGA": ("trl_ift.FIGATrainer", {}),
+    "FPO": ("trl_ift.FPOTrainer", {"fpo_top_k": 8}),
+    "EXO": ("trl_ift.EXOTrainer", {}),
+    "EXO, 4 responses": ("trl_ift.EXOTrainer", {}),
+    "KTO": ("trl.KTOTrainer", {"loss_type": "apo_zero_unpaired", **STORED}),
+    "ULMA": ("trl_ift.ULMATrainer", STORED),
+    "UFT": ("trl_ift.UFTTrainer", STORED),
+}
+# A method of the family, what its cost is compared with if not the base with stored log-probs
+BESIDE = {"ASFT": "CPO", "FIGA": "CPO", "FPO": "base", "ULMA": "KTO", "UFT": "KTO"}
 # Ours, TRL's
 COUNTERPARTS = {
     "base": "DPO",
@@ -64,25 +91,66 @@ def make_rows(shape: str, args) -> list[dict]:
     return rows
 
 
+def data_of(contender: str, rows: list[dict]) -> tuple[list[dict], list[str]]:
+    """The rows that a contender trains on, and their columns."""
+    import torch
+
+    pairs = ["prompt", "chosen", "rejected"]
+    if "TPO" in contender:
+        return rows, [*pairs, "reference"]
+    if contender in ("KTO", "ULMA", "UFT"):
+        unpaired = [
+            {"prompt": row["prompt"], "completion": row[kind], "label": kind == "chosen"}
+            for row in rows
+            for kind in ("chosen", "rejected")
+        ]
+        return unpaired, ["prompt", "completion", "label"]
+    for index, row in enumerate(rows):
+        if contender == "EXO, 4 responses":
+            row["completions"] = [row[name] for name in ("chosen", "rejected", "reference", "sample")]
+            row["rewards"] = [1.0, 0.0, 0.4, 0.6]
+        if contender == "soft labels":
+            row["soft_label"] = 0.5 + 0.1 * (index % 6)
+        if contender == "TIS-DPO":  # a word is a token, and the end of the sequence is one
+            row |= {f"{kind}_weights": [1.0] * (len(row[kind].split()) + 1) for kind in ("chosen", "rejected")}
+        if contender == "relative PO":
+            row["prompt_embedding"] = torch.randn(384, generator=torch.Generator().manual_seed(index)).tolist()
+        if contender == "SPO-style":  # key phrases end at stop words
+            for kind in ("chosen", "rejected"):
+                words = row[kind].split()
+                row[kind] = " " + " ".join("the" if i % 3 == 2 else word for i, word in enumerate(words))
+        if contender == "MRPO":
+            row |= {"ref1_chosen_logps": -500.0 - index, "ref1_rejected_logps": -510.0}
+    if contender == "EXO, 4 responses":
+        return rows, ["prompt", "completions", "rewards"]
+    own = {"soft labels": ["soft_label"], "TIS-DPO": ["chosen_weights", "rejected_weights"],
+           "relative PO": ["prompt_embedding"], "MRPO": ["ref1_chosen_logps", "ref1_rejected_logps"]}  # fmt: skip
+    return rows, pairs + own.get(contender, [])
+
+
 def make_trainer(contender: str, shape: str, args, model):
     from importlib import import_module
 
     from datasets import Dataset
 
-    name, options = CONTENDERS[contender]
+    name, options = {**CONTENDERS, **FAMILY}[contender]
     module, name = name.rsplit(".", 1)
     module = import_module(module)
     trainer, config = getattr(module, name), getattr(module, name.replace("Trainer", "Config"))
     if contender == "base all positions":
         trainer = type(name, (trainer,), {"_labelled_positions_only": False})
-    rows = Dataset.from_list(make_rows(shape, args))
-    columns = ["prompt", "chosen", "rejected"] + (["reference"] if "TPO" in contender else [])
+    rows, columns = data_of(contender, make_rows(shape, args))
+    rows = Dataset.from_list(rows)
     more = {}
     if contender == "MPO with samples":
         more["reg_dataset"] = rows.select_columns(["prompt", "sample"]).rename_column("sample", "completion")
     if contender == "DPO" and not args.lora:
         more["ref_model"] = copy.deepcopy(model)
+    if contender == "FPO":
+        more["sae"] = random_sae(model.config.hidden_size)
     settings = common.training_arguments(args, **options)
+    if "completion" in columns:  # a pair is two rows
+        settings["per_device_train_batch_size"] *= 2
     if contender == "CPO":  # it cuts at 512 for `None`
         settings |= {"max_length": args.tokens + 1, "remove_unused_columns": False}
     return trainer(
@@ -93,6 +161,17 @@ def make_trainer(contender: str, shape: str, args, model):
         peft_config=common.lora(args),
         **more,
     )
+
+
+def random_sae(width: int):
+    """A sparse autoencoder with 8 features a number of the hidden state."""
+    import torch
+
+    from trl_ift.preference.sae import JumpReLUSAE
+
+    generator = torch.Generator().manual_seed(0)
+    encoder = torch.randn(width, 8 * width, generator=generator) / width**0.5
+    return JumpReLUSAE(encoder, torch.zeros(8 * width), torch.full((8 * width,), 0.1))
 
 
 def make_step(contender: str, shape: str, args, model=None, optimizer=None):
@@ -152,7 +231,14 @@ def measure_time(shape: str, args) -> dict[str, list[float]]:
 
 
 def main() -> None:
-    args = common.parse(common.parser(__doc__.splitlines()[0], CONTENDERS, "pairs"))
+    options = common.parser(__doc__.splitlines()[0], [*CONTENDERS, *FAMILY], "pairs")
+    options.set_defaults(contenders=list(CONTENDERS))
+    options.add_argument("--family", action="store_true", help="the related methods, beside the base")
+    args = common.parse(options)
+    counterparts = COUNTERPARTS
+    if args.family:
+        args.contenders = ["base precomputed", "base", "CPO", *FAMILY]
+        counterparts = {name: BESIDE.get(name, "base precomputed") for name in FAMILY if name != "KTO"}
     if args.memory_of:
         common.print_peak_memory(partial(make_step, args.memory_of, args.sizes[0], args))
         return
@@ -172,13 +258,13 @@ def main() -> None:
                 shape, name, f"{median:.3g}", f"{common.ratio(times, seconds[first]):.2f}",
                 f"{args.batch / median:.3g}", *common.memory_columns(memory.get(name), memory.get(first)),
             )  # fmt: skip
-        for ours, theirs in COUNTERPARTS.items():
+        for ours, theirs in counterparts.items():
             if {ours, theirs} <= seconds.keys():
                 time = f"{common.ratio(seconds[ours], seconds[theirs]):.2f}"
                 peak = common.memory_columns(memory.get(ours), memory.get(theirs))[1]
                 beside.append((shape, ours, theirs, time, peak))
     print()
-    common.print_head("model", "ours", "TRL's", "x time", "x memory")
+    common.print_head("model", "ours", "beside" if args.family else "TRL's", "x time", "x memory")
     for row in beside:
         common.print_row(*row)
 

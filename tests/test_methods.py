@@ -139,6 +139,7 @@ OPTIONS = {
         "spo_gamma_rejected": ({}, 0.0),
         "spo_levels": ({}, 3),
         "spo_pool": ({}, "last"),
+        "spo_head_learning_rate": ({}, 0.1),
         "spo_length_control": ({}, True),
     },
     "mpo": {

@@ -1,10 +1,16 @@
 """SPO-style: the degraded texts, the auxiliary loss against an independent computation, and the life of its head."""
 
+import json
 import math
+import os
+import signal
+import subprocess
+import sys
 
 import pytest
 import tiny
 import torch
+import two_processes_spo
 from datasets import Dataset
 from pairs import difference, double, gradients, logs, loss_and_gradients, make, step_gradients
 from peft import LoraConfig
@@ -109,6 +115,8 @@ class TestLoss:
         ({"spo_gamma_rejected": -1.0}, "`spo_gamma_rejected=-1.0` is out of range"),
         ({"spo_levels": 1}, "`spo_levels=1` is out of range"),
         ({"spo_pool": "max"}, "`spo_pool='max'` is not known"),
+        ({"spo_head_learning_rate": 0.0}, "`spo_head_learning_rate=0.0` is out of range"),
+        (OFF | {"spo_head_learning_rate": 0.1}, "`spo_head_learning_rate=0.1` has no effect"),
         (OFF | {"spo_levels": 3}, "`spo_levels=3` has no effect with `spo_gamma_chosen=0`"),
         (OFF | {"spo_pool": "last"}, "`spo_pool='last'` has no effect"),
         (OFF | {"spo_length_control": True}, "`spo_length_control=True` has no effect"),
@@ -266,6 +274,25 @@ def test_accumulation(tmp_path, tokenizer):
     assert difference(summed, gradient) < 1e-5
 
 
+@pytest.mark.slow
+def test_two_processes(tmp_path):
+    """The same as accumulation on one process, also for processes without a degraded response in a step."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    process = subprocess.Popen(
+        [*command, two_processes_spo.__file__, str(tmp_path / "two.json")],
+        stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    try:
+        _, errors = process.communicate(timeout=300)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    assert process.returncode == 0, errors[-3000:]
+    expected = two_processes_spo.run(str(tmp_path), 1)
+    for found, log in zip(json.loads((tmp_path / "two.json").read_text()), expected, strict=True):
+        assert found == {name: pytest.approx(value, abs=2e-4) for name, value in log.items()}
+
+
 def test_metrics_and_evaluation(tmp_path, tokenizer):
     data = mixed_data()
     trainer = trainer_of(tmp_path, tokenizer, data, eval_dataset=data, max_steps=1, per_device_train_batch_size=8)
@@ -286,6 +313,7 @@ def test_metrics_and_evaluation(tmp_path, tokenizer):
 def test_it_is_learned(tmp_path, tokenizer):
     """The accuracy rises far above that of guessing, on responses that were seen."""
     options = {"max_steps": 60, "per_device_train_batch_size": 8, "spo_gamma_chosen": 1.0, "spo_levels": 2}
+    options["spo_head_learning_rate"] = 1e-2
     trainer = trainer_of(tmp_path, tokenizer, **options)
     trainer.train()
     late = [log["spo/accuracy_chosen"] for log in logs(trainer)[-10:]]
@@ -316,6 +344,20 @@ def test_head_is_trained_and_left_out_of_the_model(lora, tmp_path, tokenizer):
     if not lora:
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "run")
         assert torch.equal(loaded.lm_head.weight, trainer.model.lm_head.weight)
+
+
+def test_learning_rate_of_the_head(tmp_path, tokenizer):
+    """Its own, under the schedule of the run, which falls to 0: Adam moves by at most 3/3 + 2/3 + 1/3 of it in 3 steps."""
+    trainer = trainer_of(tmp_path, tokenizer, max_steps=3, learning_rate=1e-6, spo_head_learning_rate=3e-3)
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    trainer.train()
+    assert 4e-3 < trainer._head.weight.abs().max() < 6.1e-3
+    moved = max((value - before[name]).abs().max() for name, value in trainer.model.state_dict().items())
+    assert 0 < moved < 3e-6
+    groups = trainer.optimizer.param_groups
+    assert [len(group["params"]) for group in groups][-1] == 2
+    own = {id(parameter) for parameter in trainer._head.parameters()}
+    assert not any(id(parameter) in own for group in groups[:-1] for parameter in group["params"])
 
 
 @pytest.mark.parametrize("lora", [False, True])

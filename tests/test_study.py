@@ -14,6 +14,7 @@ import tiny
 import torch
 import yaml
 from datasets import Dataset
+from safetensors.torch import save_file
 from study import read_rows, settings, write_inputs, write_rows
 from trl import KTOConfig, KTOTrainer
 
@@ -662,7 +663,11 @@ class TestRun:
         training = settings(inputs, tmp_path)["training"] | {"max_length": 256}
         for part in (tiny.model("llama", tokenizer, seed=9), tokenizer):
             part.save_pretrained(tmp_path / "other")
+        sae = {"W_enc": torch.randn(16, 64), "b_enc": torch.zeros(64), "threshold": torch.zeros(64)}
+        save_file(sae, tmp_path / "sae.safetensors")
         methods = {name: {} for name in KNOWN} | {"mrpo": {"ref_models": [str(tmp_path / "other")]}}
+        methods["fpo"] = {"sae_path": str(tmp_path / "sae.safetensors"), "sae_layer": 0}
+        methods["self-supervised-po"] = {"spo_levels": 2}
         study = Study(
             settings(inputs, tmp_path / "out", methods=methods, sizes=[8], starts=starts, training=training)
         )
@@ -674,6 +679,13 @@ class TestRun:
         margins = {label: values(cell)["reward_margin"] for label, cell in cells.items()}
         assert margins.pop("soft-label-po") == margins["dpo"]  # pairs have no soft labels
         assert len(set(margins.values())) == len(margins), "two methods did the same"
+
+    def test_methods_that_need_more_than_pairs(self, inputs, tmp_path):
+        study = Study(settings(inputs, tmp_path, methods="all"))
+        assert {"dpo", "exo", "ulma", "tis-dpo"} <= set(study.arms)
+        assert not {"mrpo", "fpo", "eurus-reward"} & set(study.arms)
+        with pytest.raises(ValueError, match="`methods.mrpo` needs `ref_models`, which a study cannot make of pairs"):
+            Study(settings(inputs, tmp_path, methods=["dpo", "mrpo"]))
 
     @pytest.mark.parametrize("options", [{"ld_alpha": 0.5}, {"sync_ref_model": True}])
     def test_references_that_cannot_be_stored(self, inputs, tmp_path, options):

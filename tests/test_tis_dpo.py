@@ -19,7 +19,7 @@ from trl_ift.cli import main
 from trl_ift.data import estimate_token_weights
 from trl_ift.data import token_weights as module
 from trl_ift.data.token_weights import TRANSFORMS, token_weights, unit_weights
-from trl_ift.preference.collator import PreferenceCollator, TokenColumn
+from trl_ift.preference.collator import Branch, PreferenceCollator, TokenColumn
 from trl_ift.preference.tis_dpo import CHOSEN_WEIGHTS, REJECTED_WEIGHTS, tis_dpo_loss
 from trl_ift.preference.trainer import PreferenceTrainer as Base
 from trl_ift.study.costs import measure_costs
@@ -415,6 +415,23 @@ def test_token_weights_are_a_feature_of_the_base(tmp_path, tokenizer):
         assert difference(found, expected) < 1e-5
 
 
+def test_token_weights_beside_a_longer_branch(tmp_path, tokenizer):
+    """A third response that widens the batch moves no weight."""
+
+    class WithGold(TISDPOTrainer):
+        branches = (Branch("gold", column="reference"),)
+
+    rows = [row | {"reference": " ZQXVJ" * 12} for row in weighted_data(tokenizer, 4).to_list()]
+    for stored in (False, True):
+        trainer = trainer_of(
+            tmp_path, tokenizer, Dataset.from_list(rows), cls=WithGold, precompute_ref_log_probs=stored
+        )
+        loss, found = loss_and_gradients(trainer)
+        value, expected = loss_and_gradients(trainer_of(tmp_path, tokenizer, precompute_ref_log_probs=stored))
+        assert loss == pytest.approx(value, rel=1e-5)
+        assert difference(found, expected) < 1e-5
+
+
 # ---------------------------------------------------------------- the estimation
 
 
@@ -541,6 +558,27 @@ def test_prompts(models, tokenizer):
     np.testing.assert_allclose(found["rejected_weights"], expected, rtol=1e-4)
 
 
+def test_adapters(models, tmp_path, tokenizer):
+    """Two adapters of one base, by name."""
+    from peft import LoraConfig, get_peft_model
+
+    folder, _ = models
+    base, found = str(folder / "positive"), {}
+    for seed, name in enumerate(("good", "bad")):
+        torch.manual_seed(seed)
+        config = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+        found[name] = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+        found[name].save_pretrained(tmp_path / name)
+    data = tiny.preference_data()
+    named = estimate_token_weights(
+        data, base, base, positive_adapter=str(tmp_path / "good"), negative_adapter=str(tmp_path / "bad")
+    )
+    given = estimate_token_weights(data, found["good"], found["bad"], processing_class=tokenizer)
+    for row, other in zip(named, given, strict=True):
+        np.testing.assert_allclose(row["chosen_weights"], other["chosen_weights"], rtol=1e-5)
+        assert np.std(row["chosen_weights"]) > 0
+
+
 def test_tokenized_pairs(models, tmp_path, tokenizer):
     _, loaded = models
     texts = tiny.preference_data()
@@ -632,6 +670,15 @@ class TestBadEstimation:
         long = Dataset.from_list([{"prompt": "a", "chosen": "Z" * 600, "rejected": "b"}])
         with pytest.raises(ValueError, match="1 of 1 pairs are longer than the context of the model, 512 tokens"):
             estimate_token_weights(long, *both, **options)
+
+    def test_options_of_named_models(self, models, tokenizer):
+        _, loaded = models
+        both, options = (loaded["positive"], loaded["negative"]), {"processing_class": tokenizer}
+        for more in ({"model_init_kwargs": {"dtype": "bfloat16"}}, {"negative_adapter": "adapter"}):
+            with pytest.raises(
+                ValueError, match="are for a model that is named by a string; `model` is a LlamaForCausalLM"
+            ):
+                estimate_token_weights(tiny.preference_data(), *both, **options, **more)
 
     def test_other_tokenizers(self, models, tmp_path, tokenizer):
         folder, _ = models

@@ -110,7 +110,7 @@ def score_references(
             "be stored with `Dataset.from_generator`."
         )
     loaded = check_references(dataset, "dataset", models, tokenizers, init_kwargs)
-    # Like TRL's trainers, which name a device themselves: the other processes of this machine have other ones
+    # Without `cpu`, processes on a CPU are not a group
     state = PartialState(cpu=not torch.accelerator.is_available())
     if state.num_processes > 1:
         share_cache_folder(dataset)

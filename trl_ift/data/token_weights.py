@@ -229,8 +229,9 @@ def estimate_token_weights(
     sources = {"positive": (positive, positive_adapter), "negative": (negative or positive, negative_adapter)}
     if prompts is not None:
         sources["negative"] = sources["positive"]
+    any_named = any(isinstance(model, str) for model, _ in sources.values())
     for model, adapter in sources.values():
-        check_model(model, processing_class, adapter, init_kwargs if isinstance(model, str) else {})
+        check_model(model, processing_class, adapter, init_kwargs if isinstance(model, str) or not any_named else {})
     _check_dataset(dataset, prompts)
     tokenizer = _tokenizer_of(sources, processing_class, init_kwargs)
     fn_kwargs = {"tokenizer": tokenizer, "prompts": prompts, "max_length": max_length}

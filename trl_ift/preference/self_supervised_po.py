@@ -93,6 +93,8 @@ class SelfSupervisedPOConfig(PreferenceConfig):
             Number K of levels, >= 2.
         spo_pool (`str`, *optional*, defaults to `"mean"`):
             Hidden state that is classified: the `"mean"` over the tokens of the response, or that of the `"last"` one.
+        spo_head_learning_rate (`float`, *optional*, defaults to `1e-3`):
+            Learning rate of the head, > 0, under the schedule of the run; at that of the policy it would hardly leave its zeros.
         spo_length_control (`bool`, *optional*, defaults to `False`):
             Whether removed words are replaced by other words of the response, so that the level cannot be read off the length.
     """
@@ -107,6 +109,9 @@ class SelfSupervisedPOConfig(PreferenceConfig):
     spo_pool: str = field(
         default="mean", metadata={"help": "Hidden state of a response that is classified.", "choices": list(POOLS)}
     )
+    spo_head_learning_rate: float = field(
+        default=1e-3, metadata={"help": "Learning rate of the head, under the schedule of the run."}
+    )
     spo_length_control: bool = field(
         default=False, metadata={"help": "Whether removed words are replaced by other words of the response."}
     )
@@ -116,8 +121,9 @@ class SelfSupervisedPOConfig(PreferenceConfig):
         check_range("spo_gamma_rejected", self.spo_gamma_rejected, 0)
         check_range("spo_levels", self.spo_levels, 2, integer=True)
         check_choice("spo_pool", self.spo_pool, POOLS)
+        check_range("spo_head_learning_rate", self.spo_head_learning_rate, 0, low_open=True)
         if not self.spo_gamma_chosen and not self.spo_gamma_rejected:
-            idle = ["spo_levels", "spo_pool", "spo_length_control"]
+            idle = ["spo_levels", "spo_pool", "spo_head_learning_rate", "spo_length_control"]
             check_unused(self, idle, "with `spo_gamma_chosen=0` and `spo_gamma_rejected=0`")
         super().__post_init__()
 
@@ -401,6 +407,19 @@ class SelfSupervisedPOTrainer(PreferenceTrainer):
             base._keys_to_ignore_on_save = saved
             del self.model.spo_head
 
+    def create_optimizer(self, model=None):
+        """As in transformers, with a group of its own for the head."""
+        optimizer = super().create_optimizer(model)
+        if self._head is None:
+            return optimizer
+        own = {id(parameter) for parameter in self._head.parameters()}
+        if not any({id(parameter) for parameter in group["params"]} == own for group in optimizer.param_groups):
+            for group in optimizer.param_groups:
+                group["params"] = [parameter for parameter in group["params"] if id(parameter) not in own]
+            options = {"lr": self.args.spo_head_learning_rate, "weight_decay": 0.0}
+            optimizer.add_param_group({"params": list(self._head.parameters()), **options})
+        return optimizer
+
     def _save_checkpoint(self, model, trial):
         if self._head is not None and self.args.should_save:
             checkpoint = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
@@ -447,8 +466,9 @@ class SelfSupervisedPOTrainer(PreferenceTrainer):
 
         def keep(module: Any, args: Any, output: Any) -> Any:
             hidden = output.last_hidden_state
-            # The reference, an adapter switched off, sees the pairs alone
-            if self._hidden is not None or hidden.size(0) != rows or self._head is None:
+            # The reference may be the same module, its adapter switched off, and sees the pairs alone
+            reference = hidden.size(0) != rows or (self.model.training and not torch.is_grad_enabled())
+            if reference or self._hidden is not None or self._head is None:
                 return None
             # DDP has to find the parameters of the head among those of the forward pass
             link = sum(parameter.sum() for parameter in self._head.parameters())

@@ -52,6 +52,8 @@ KNOWN: dict[str, Method] = {
         _trl("orpo", "Odds Ratio Preference Optimization", "ORPOTrainer", "pairs", "2403.07691", "trl.experimental.orpo"),
     )
 }  # fmt: skip
+# What a method cannot be trained without, and a study cannot make of pairs: an option
+NEEDS = {"mrpo": "ref_models", "fpo": "sae_path"}
 # Options that make a trainer the method
 _OPTIONS: dict[str, dict[str, Any]] = {
     "ipo": {"loss_type": ["ipo"]},

@@ -27,7 +27,9 @@ from ..stages import as_json, say, training_settings
 from ..trl_internals import tokenize
 from .evaluate import PARTS, HeldOut, Task
 from .measures import digest_of
-from .methods import KNOWN, SEQUENCES, Row, as_chat, get_study_method, options_of, training_rows, unknown_options
+from .methods import (
+    KNOWN, NEEDS, SEQUENCES, Row, as_chat, get_study_method, options_of, training_rows, unknown_options,
+)  # fmt: skip
 
 
 BASELINE = "start"  # the start itself, as a row of the tables
@@ -224,7 +226,7 @@ class Study:
     def _method_items(self) -> list[tuple[str, Any]]:
         methods = self._methods
         if methods == "all":
-            return [(method.name, None) for method in METHODS if method.name in KNOWN]
+            return [(method.name, None) for method in METHODS if method.name in KNOWN.keys() - NEEDS]
         if isinstance(methods, list):
             methods = dict.fromkeys(_distinct(methods, "methods"))
         return list(_mapping(methods, "methods").items())
@@ -246,6 +248,8 @@ class Study:
                     " Options of one method belong under it, in `methods:`." if where == "training" else ""
                 )
                 raise StudyError(f"`{where}.{unknown[0]}` is no option of {method.config_class.__name__}.{hint}")
+        if (needed := NEEDS.get(method.name)) and needed not in options:
+            raise StudyError(f"`methods.{label}` needs `{needed}`, which a study cannot make of pairs. Add it there.")
         return Arm(label, method, options, None if budget is None else _budget(budget, f"methods.{label}.budget"))
 
     def options_as_written(self, label: str) -> dict[str, Any]:
