@@ -94,7 +94,8 @@ class SelfSupervisedPOConfig(PreferenceConfig):
         spo_pool (`str`, *optional*, defaults to `"mean"`):
             Hidden state that is classified: the `"mean"` over the tokens of the response, or that of the `"last"` one.
         spo_head_learning_rate (`float`, *optional*, defaults to `1e-3`):
-            Learning rate of the head, > 0, under the schedule of the run; at that of the policy it would hardly leave its zeros.
+            Learning rate of the head, > 0, under the schedule of the run; at that of the policy it would hardly
+            leave its zeros.
         spo_length_control (`bool`, *optional*, defaults to `False`):
             Whether removed words are replaced by other words of the response, so that the level cannot be read off the length.
     """
