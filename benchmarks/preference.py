@@ -8,8 +8,9 @@
 All contenders start from the same model and see the same pairs. A step is what `Trainer.train` does with a collated batch:
 `get_batch_samples`, `training_step` (loss, metrics, backward), AdamW. Times are medians over rounds of the ratio to the first
 contender's step of the same round. The second table has them for each of our trainers beside its counterpart in TRL; the losses
-of the two must agree in the first two steps. With `--family`, it has the related methods beside what they add their mathematics to. While times are taken, all contenders train the same weights (LoRA: adapters of
-their own on the same weights), so that all of them fit. Memory is the peak of a process that runs one contender alone.
+of the two must agree in the first two steps. With `--family`, it has the related methods beside what they add their mathematics
+to. While times are taken, all contenders train the same weights (LoRA: adapters of their own on the same weights), so that all
+of them fit. Memory is the peak of a process that runs one contender alone.
 """
 
 import contextlib

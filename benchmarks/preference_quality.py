@@ -47,7 +47,10 @@ FAMILY = {
     "regularized PO, seq_mean": ("regularized-po", {"rpo_normalization": "seq_mean", **STORED}),
     "Ada-DPO": ("ada-dpo", {"beta": 0.1, **STORED}),
     "ASFT": ("aligned-sft", {}),
+    "TIS-DPO": ("tis-dpo", STORED),
     "relative PO": ("relative-po", STORED),
+    "MRPO": ("mrpo", STORED),
+    "SPO-style": ("self-supervised-po", {"spo_levels": 2, **STORED}),
     "EXO": ("exo", {}),
     "ULMA": ("ulma", STORED),
     "UFT": ("uft", STORED),
@@ -166,24 +169,56 @@ def curve_callback(every: int, rows, start):
     return Curve()
 
 
+def merged(adapter: Path, model_path: str) -> str:
+    """Folder of the model with the adapter of another run in it."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = adapter.with_name(f"{adapter.name}-merged")
+    if not folder.exists():
+        if not adapter.exists():
+            raise ValueError(f"`{adapter}` is missing, the reference of MRPO. Run TPO first: `--runs TPO`.")
+        model = PeftModel.from_pretrained(
+            AutoModelForCausalLM.from_pretrained(model_path, dtype="float32"), str(adapter)
+        )
+        partial = folder.with_suffix(".tmp")
+        model.merge_and_unload().save_pretrained(partial)
+        AutoTokenizer.from_pretrained(model_path).save_pretrained(partial)
+        partial.rename(folder)
+    return str(folder)
+
+
 def run(name: str, seed: int, args, model_path: str, triples, samples, rows, start) -> dict:
     from peft import LoraConfig
     from transformers import AutoTokenizer
 
     from trl_ift import get_method
+    from trl_ift.data.token_weights import CONTRASTIVE_PROMPTS, estimate_token_weights
     from trl_ift.study.methods import training_rows
 
     name_of_method, options = {**RUNS, **FAMILY}[name]
     method = get_method(name_of_method)
     folder = Path(args.output) / "adapters" / f"{name}-seed{seed}".replace(" ", "-").replace(",", "")
     curve = curve_callback(15, rows, start)
+    batch = args.batch * (2 if method.kind == "unpaired" else 1)  # rows of a pair
     extra = {"reg_dataset": samples} if method.name == "mpo" else {}
     if method.kind in ("lists", "unpaired"):
         triples = training_rows(method.kind, list(triples), args.batch, seed)
+    if method.kind == "weighted":
+        positive, negative = CONTRASTIVE_PROMPTS
+        triples = estimate_token_weights(
+            triples,
+            model_path,
+            Path(args.output) / "token-log-probs",
+            positive_prompt=positive,
+            negative_prompt=negative,
+        )
+    if method.name == "mrpo":
+        options = {**options, "ref_models": [merged(Path(args.output) / "adapters" / "TPO-seed0", model_path)]}
     trainer = method.trainer_class(
         model=model_path,
         args=method.config_class(
-            str(folder), seed=seed, max_steps=args.steps, per_device_train_batch_size=args.batch * (2 if method.kind == "unpaired" else 1), max_length=256,
+            str(folder), seed=seed, max_steps=args.steps, per_device_train_batch_size=batch, max_length=256,
             learning_rate=args.learning_rate, lr_scheduler_type="cosine", warmup_steps=5, use_cpu=True, bf16=False,
             gradient_checkpointing=False, report_to="none", save_strategy="no", logging_steps=5, disable_tqdm=True,
             overwrite_output_dir=True, hub_base_model=args.hub_base_model, **options,

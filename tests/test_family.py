@@ -111,7 +111,9 @@ def aligned_sft(w, l, o, row):
 
 def mrpo(w, l, o, row):
     w_refs, l_refs = [w.ref, row["ref1_chosen_logps"]], [l.ref, row["ref1_rejected_logps"]]
-    w_refs, l_refs = (torch.stack([torch.as_tensor(v, dtype=torch.float64) for v in refs]) for refs in (w_refs, l_refs))
+    w_refs, l_refs = (
+        torch.stack([torch.as_tensor(v, dtype=torch.float64) for v in refs]) for refs in (w_refs, l_refs)
+    )
     margins = (w_refs - l_refs).abs()
     alpha = {
         "arwc": margins / margins.sum(),
@@ -124,7 +126,9 @@ def mrpo(w, l, o, row):
             eps = o.ctro_eps * part * (1 if o.ctro_adaptive else 2)
             refs[1] = refs[1].clamp((1 + eps) * refs[0], (1 - eps) * refs[0])
     if o.mrpo_mode == "multi_dpo":
-        return sum(-a * logsigmoid(o.beta * (w.logp - x - l.logp + y)) for a, x, y in zip(alpha, w_refs, l_refs, strict=True))
+        return sum(
+            -a * logsigmoid(o.beta * (w.logp - x - l.logp + y)) for a, x, y in zip(alpha, w_refs, l_refs, strict=True)
+        )
     if o.mrpo_mixture == "geometric":
         mixed = [(alpha * refs).sum() for refs in (w_refs, l_refs)]
     else:  # from the smallest exponent, so that no other overflows

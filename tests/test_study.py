@@ -668,9 +668,7 @@ class TestRun:
         methods = {name: {} for name in KNOWN} | {"mrpo": {"ref_models": [str(tmp_path / "other")]}}
         methods["fpo"] = {"sae_path": str(tmp_path / "sae.safetensors"), "sae_layer": 0}
         methods["self-supervised-po"] = {"spo_levels": 2}
-        study = Study(
-            settings(inputs, tmp_path / "out", methods=methods, sizes=[8], starts=starts, training=training)
-        )
+        study = Study(settings(inputs, tmp_path / "out", methods=methods, sizes=[8], starts=starts, training=training))
         results = run_study(study)
         cells = by_label(results, "chat", 8)
         assert set(cells) == {*KNOWN, "start"}

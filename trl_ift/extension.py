@@ -420,6 +420,8 @@ def _eval_result(
 
 def _without_folder(value: Any) -> Any:
     """The value of an option for a card: of an absolute path its last part only."""
+    if isinstance(value, list | tuple):
+        return [_without_folder(part) for part in value]
     return Path(value).name if isinstance(value, str) and os.path.isabs(os.path.expanduser(value)) else value
 
 

@@ -17,10 +17,7 @@ from ..checks import check_range
 from ..data.caching import versioned
 from ..trl_internals import global_then_local_main_first
 from .collator import Branch, Column, PreferenceCollator
-from .trainer import PreferenceBatch, PreferenceTrainer, prompt_and_response_ids
-
-
-_REF_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
+from .trainer import REF_COLUMNS, PreferenceBatch, PreferenceTrainer, prompt_and_response_ids
 
 
 @dataclass(frozen=True)
@@ -64,7 +61,7 @@ def check_lists(dataset: Any, name: str, size: int | None = None, preferences: b
             f"`{name}` has the column 'completions' but lacks {' and '.join(map(repr, missing))}; its columns are "
             f"{sorted(first)}. Expected 'prompt', 'completions' (a list of responses) and 'rewards' (a list of numbers)."
         )
-    if clash := [column for column in ("chosen", "rejected", *_REF_COLUMNS) if column in first]:
+    if clash := [column for column in ("chosen", "rejected", *REF_COLUMNS) if column in first]:
         raise ValueError(
             f"`{name}` has the column 'completions', and {', '.join(map(repr, clash))}, which are made of it. Drop either."
         )
@@ -275,7 +272,7 @@ class ListTrainer(PreferenceTrainer):
             scored = super()._precompute_ref_logps(twos, f"{name} (other responses)", batch_size)
         finally:
             self.data_collator = saved
-        values = [value for column in _REF_COLUMNS for value in scored[column]][:number]
+        values = [value for column in REF_COLUMNS for value in scored[column]][:number]
         starts = [0]
         for count in counts[:-1]:
             starts.append(starts[-1] + count)

@@ -331,13 +331,6 @@ class MRPOTrainer(PreferenceTrainer):
             )
         return whole
 
-    def _card_arguments(self) -> dict[str, Any]:
-        arguments = super()._card_arguments()
-        if (names := self.args.ref_models) is not None:  # of folders their name only
-            shown = [name.rstrip("/").split("/")[-1] if name.startswith(("/", "~")) else name for name in names]
-            arguments["method_parameters"]["ref_models"] = shown
-        return arguments
-
     # ---------------------------------------------------------------- loss
 
     def _references(self, batch: PreferenceBatch, side: int) -> torch.Tensor:

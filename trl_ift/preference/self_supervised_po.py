@@ -51,7 +51,7 @@ from ..data.fingerprint import base_model
 from ..hub.paper import arxiv_paper
 from ..trl_internals import global_then_local_main_first
 from .collator import Branch, PreferenceCollator
-from .trainer import _REF_COLUMNS, PreferenceBatch, PreferenceConfig, PreferenceTrainer, Term, prompt_and_response_ids
+from .trainer import PreferenceBatch, PreferenceConfig, PreferenceTrainer, Term, prompt_and_response_ids
 
 
 POOLS = ("mean", "last")
@@ -482,10 +482,6 @@ class SelfSupervisedPOTrainer(PreferenceTrainer):
         finally:
             handle.remove()
             self._inputs, self._hidden = {}, None
-
-    def _batch(self, output, pairs, extra, ref_token_logps) -> PreferenceBatch:
-        # TRL's losses compute the log-probs of a live reference for themselves
-        return super()._batch(output, dict.fromkeys(_REF_COLUMNS) | pairs, extra, ref_token_logps)
 
     def branch_terms(self, batch: PreferenceBatch) -> Iterator[Term]:
         if self._head is None:

@@ -68,7 +68,7 @@ from ..trl_internals import (
 from .collator import BRANCH_KEYS, WEIGHT, Branch, Column, PreferenceCollator, TokenColumn
 
 
-_REF_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
+REF_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 # Options that only TRL's own losses read
 _LOSS_OPTIONS = (
     "loss_type", "loss_weights", "f_divergence_type", "f_alpha_divergence_coef", "label_smoothing", "use_weighting",
@@ -79,7 +79,7 @@ _REFERENCE_OPTIONS = (
     "ref_model_sync_steps",
 )  # fmt: skip
 # Largest mean log-ratio, in nats a token, of a policy that has not been trained: rounding
-_REFERENCE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.05}
+REFERENCE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.05}
 
 logger = logging.get_logger(__name__)
 
@@ -365,11 +365,11 @@ class PreferenceTrainer(ExtensionTrainer, DPOTrainer):
         self._check_first_tokens(args, model, processing_class, train_dataset, eval_dataset)
         if stored and ref_model is not None:
             raise ValueError(
-                f"The dataset holds reference log-probabilities ({', '.join(_REF_COLUMNS)}) and a `ref_model` was passed. Drop "
+                f"The dataset holds reference log-probabilities ({', '.join(REF_COLUMNS)}) and a `ref_model` was passed. Drop "
                 "one of the two."
             )
         if isinstance(model, torch.nn.Module):
-            _check_instance(model, peft_config)
+            check_instance(model, peft_config)
             keep_4bit_trainable_on_cpu(model)
 
         self._has_default_collator = data_collator is None
@@ -381,7 +381,7 @@ class PreferenceTrainer(ExtensionTrainer, DPOTrainer):
         new_prompt = getattr(peft_config, "is_prompt_learning", False)
         self._reference_is_start = self.uses_reference and not stored and ref_model is None and not new_prompt
         if ref_model is None and not without_model and not isinstance(model, str):
-            ref_model = _reference_copy(model, args, peft_config)
+            ref_model = reference_copy(model, args, peft_config)
 
         asked_for, args.precompute_ref_log_probs = args.precompute_ref_log_probs, without_model
         try:
@@ -481,33 +481,33 @@ class PreferenceTrainer(ExtensionTrainer, DPOTrainer):
         for name, dataset in named.items():
             if not isinstance(dataset, Dataset | IterableDataset):
                 raise TypeError(f"`{name}` must be a `Dataset` or `IterableDataset`, got `{type(dataset).__name__}`.")
-        stored = self.uses_reference and _REF_COLUMNS[0] in next(iter(train_dataset), {})
+        stored = self.uses_reference and REF_COLUMNS[0] in next(iter(train_dataset), {})
         for name, dataset in named.items():
             self._check_dataset(args, dataset, name, stored)
-            if self.uses_reference and not stored and _REF_COLUMNS[0] in next(iter(dataset)):
+            if self.uses_reference and not stored and REF_COLUMNS[0] in next(iter(dataset)):
                 raise ValueError(
-                    f"`{name}` has the columns {_REF_COLUMNS} and `train_dataset` lacks them, so that the two would be "
+                    f"`{name}` has the columns {REF_COLUMNS} and `train_dataset` lacks them, so that the two would be "
                     "compared with different references. Add them there, or drop them here."
                 )
         return stored
 
     def _check_dataset(self, args: Any, dataset: Any, name: str, stored: bool) -> None:
-        columns = [*self._all_columns, *(Column(column, high=1e-3) for column in _REF_COLUMNS if self.uses_reference)]
+        columns = [*self._all_columns, *(Column(column, high=1e-3) for column in REF_COLUMNS if self.uses_reference)]
         check_preference_dataset(dataset, name, columns, self.branches)
         row = next(iter(dataset))
-        if stored and _REF_COLUMNS[0] not in row:
+        if stored and REF_COLUMNS[0] not in row:
             raise ValueError(
-                f"`{name}` lacks the columns {_REF_COLUMNS} that `train_dataset` has. Add them, or drop them there so that the "
+                f"`{name}` lacks the columns {REF_COLUMNS} that `train_dataset` has. Add them, or drop them there so that the "
                 "trainer computes them."
             )
-        if _REF_COLUMNS[0] in row and self.uses_reference and args.ld_alpha is not None:
+        if REF_COLUMNS[0] in row and self.uses_reference and args.ld_alpha is not None:
             raise ValueError(
-                f"`ld_alpha` weighs the tokens of a response, and the columns {_REF_COLUMNS} of `{name}` are sums over all of "
+                f"`ld_alpha` weighs the tokens of a response, and the columns {REF_COLUMNS} of `{name}` are sums over all of "
                 "them. Drop one of the two."
             )
-        if _REF_COLUMNS[0] in row and self.uses_reference and self.token_weights is not None:
+        if REF_COLUMNS[0] in row and self.uses_reference and self.token_weights is not None:
             raise ValueError(
-                f"{type(self).__name__} weighs the tokens of a response, and the columns {_REF_COLUMNS} of `{name}` are sums "
+                f"{type(self).__name__} weighs the tokens of a response, and the columns {REF_COLUMNS} of `{name}` are sums "
                 "over all of them alike. Drop them; `precompute_ref_log_probs=True` stores weighted ones."
             )
         if WEIGHT.name in row and any(loss.startswith("aot") for loss in args.loss_type):
@@ -586,13 +586,13 @@ class PreferenceTrainer(ExtensionTrainer, DPOTrainer):
     def _precompute_ref_logps(self, dataset, name, batch_size):
         if not self.uses_reference:
             return dataset
-        if isinstance(dataset, Dataset) and set(_REF_COLUMNS) <= set(dataset.column_names):
+        if isinstance(dataset, Dataset) and set(REF_COLUMNS) <= set(dataset.column_names):
             return dataset
         if self._stored_reference:
             if isinstance(dataset, IterableDataset):
                 return dataset  # checked on its first row
             raise ValueError(
-                f"The {name} dataset lacks the columns {_REF_COLUMNS}, and the reference that they were computed with for the "
+                f"The {name} dataset lacks the columns {REF_COLUMNS}, and the reference that they were computed with for the "
                 "training data is not known. Add them."
             )
         if self._reference_is_gone:
@@ -633,7 +633,7 @@ class PreferenceTrainer(ExtensionTrainer, DPOTrainer):
         if noisy or not args.disable_dropout or args.neftune_noise_alpha is not None:
             return
         half = args.bf16 or args.fp16
-        tolerance = _REFERENCE_TOLERANCE.get(self.model.dtype if not half else torch.bfloat16, 0.05)
+        tolerance = REFERENCE_TOLERANCE.get(self.model.dtype if not half else torch.bfloat16, 0.05)
         rewards = [self._metrics["train"][f"rewards/{kind}"][-1] for kind in ("chosen", "rejected")]
         drift = max(abs(reward) for reward in rewards) / self.beta
         if not drift <= tolerance * max(1.0, num_tokens.item()):  # NaN too
@@ -641,7 +641,7 @@ class PreferenceTrainer(ExtensionTrainer, DPOTrainer):
                 f"The reference is not the model that is being trained: before the first step their log-probabilities differ "
                 f"by {drift:.3g} nats a response on average, expected 0. (An adapter whose initialisation changes the base "
                 "model, a reference loaded from another place.) Pass the reference you mean as `ref_model`, or as the columns "
-                f"{_REF_COLUMNS}."
+                f"{REF_COLUMNS}."
             )
 
     def _load_extension_state(self, checkpoint: Path) -> None:
@@ -661,7 +661,7 @@ class PreferenceTrainer(ExtensionTrainer, DPOTrainer):
             named = eval_dataset if isinstance(eval_dataset, dict) else {metric_key_prefix: eval_dataset}
             for name, dataset in named.items():
                 self._check_dataset(self.args, dataset, f"{name} dataset", self._stored_reference)
-            stored = all(_REF_COLUMNS[0] in next(iter(dataset)) for dataset in named.values())
+            stored = all(REF_COLUMNS[0] in next(iter(dataset)) for dataset in named.values())
         with self._reference_in_batch(self.precompute_ref_logps and not stored):  # TRL has none to compute
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
@@ -669,12 +669,12 @@ class PreferenceTrainer(ExtensionTrainer, DPOTrainer):
         """As in transformers; the dataset is prepared as `evaluate` prepares it."""
         self._check_dataset(self.args, test_dataset, "test_dataset", self._stored_reference)
         test_dataset = self._prepare_dataset(test_dataset, self.processing_class, self.args, metric_key_prefix)
-        if self.precompute_ref_logps and _REF_COLUMNS[0] not in next(iter(test_dataset)):
+        if self.precompute_ref_logps and REF_COLUMNS[0] not in next(iter(test_dataset)):
             if self.ref_model is None and not is_peft_model(self.model) and self.state.global_step > 0:
                 raise ValueError(
                     "Cannot compute reference log-probs for a dataset passed to `predict()` after training has started: "
                     "the reference is no longer in memory. Provide it as `eval_dataset`, or add the columns "
-                    f"{_REF_COLUMNS}."
+                    f"{REF_COLUMNS}."
                 )
             batch_size = self.args.precompute_ref_batch_size or self.args.per_device_eval_batch_size
             test_dataset = self._precompute_ref_logps(test_dataset, metric_key_prefix, batch_size)
@@ -767,15 +767,15 @@ class PreferenceTrainer(ExtensionTrainer, DPOTrainer):
         ref_token_logps = None
         if not self.uses_reference:
             zeros = torch.zeros(pairs["input_ids"].size(0) // 2, device=pairs["input_ids"].device)
-            pairs |= dict.fromkeys(_REF_COLUMNS, zeros)
-        elif _REF_COLUMNS[0] not in pairs and (self._has_own_loss or token_weights is not None):
+            pairs |= dict.fromkeys(REF_COLUMNS, zeros)
+        elif REF_COLUMNS[0] not in pairs and (self._has_own_loss or token_weights is not None):
             scored = branches if self.scores_branches else {}
             ref_tap = _PairTap(self.ref_model or self.model, scored, None, token_weights)
-            pairs |= zip(_REF_COLUMNS, self.compute_ref_log_probs(ref_tap, pairs), strict=True)
+            pairs |= zip(REF_COLUMNS, self.compute_ref_log_probs(ref_tap, pairs), strict=True)
             ref_token_logps = ref_tap.output.log_probs
 
         tap = _PairTap(model, branches, extra.get(WEIGHT.name), token_weights)
-        with self._reference_in_batch(_REF_COLUMNS[0] in pairs):
+        with self._reference_in_batch(REF_COLUMNS[0] in pairs):
             base = dpo_compute_loss(self, tap, pairs, return_outputs)
         loss = base[0] if return_outputs else base
         if mode == "train" and not self._reference_checked:
@@ -849,7 +849,7 @@ class PreferenceTrainer(ExtensionTrainer, DPOTrainer):
         if (weights := self._weights_of_tokens(extra)) is not None:
             summed = summed * F.pad(weights.to(device), (0, width - weights.size(1)))
         pair_logps = sequence_logps(summed, mask[: 2 * number], self.ld_alpha).chunk(2)
-        ref_logps = [pairs[name] if self.uses_reference else None for name in _REF_COLUMNS]
+        ref_logps = [pairs.get(name) if self.uses_reference else None for name in REF_COLUMNS]
         ref_tokens = [None, None]
         if ref_token_logps is not None:  # of the pairs alone, which may be narrower, or of all
             own = width if ref_token_logps.size(0) > 2 * number else pairs["input_ids"].size(1) - 1
@@ -893,7 +893,7 @@ _NO_ROWS = (
 )
 
 
-def _reference_copy(model: torch.nn.Module, args: Any, peft_config: Any) -> torch.nn.Module | None:
+def reference_copy(model: torch.nn.Module, args: Any, peft_config: Any) -> torch.nn.Module | None:
     """A copy of a model in memory as its own reference; `None` where TRL needs none, or has to load it (ZeRO-3)."""
     if is_peft_model(model) or peft_config is not None:
         return None
@@ -910,7 +910,7 @@ def _reference_copy(model: torch.nn.Module, args: Any, peft_config: Any) -> torc
     return reference.requires_grad_(False).eval()
 
 
-def _check_instance(model: torch.nn.Module, peft_config: Any) -> None:
+def check_instance(model: torch.nn.Module, peft_config: Any) -> None:
     """Raise for a model that cannot be trained as it is."""
     if peft_config is None and not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(
@@ -924,7 +924,7 @@ def _check_instance(model: torch.nn.Module, peft_config: Any) -> None:
         )
 
 
-def _is_blank(value: Any, eos_token: str = "") -> bool:
+def is_blank(value: Any, eos_token: str = "") -> bool:
     """Whether a response, text or messages, says nothing (a tool call says something)."""
     if isinstance(value, str):
         return value.removesuffix(eos_token).strip() == ""
@@ -947,7 +947,7 @@ def tokenize_response(
                 "column 'prompt', or let all responses repeat the same prompt."
             )
         response = response[len(prompt) :]
-    if _is_blank(response):
+    if is_blank(response):
         return {branch.rows_column: [{"prompt_ids": row["prompt_ids"], "completion_ids": []}]}
     prompt_ids, completion_ids = prompt_and_response_ids(
         row | {"prompt": prompt}, response, processing_class, eos_token
@@ -1009,7 +1009,7 @@ def _why_dropped(row: dict[str, Any], branches: list[str], eos_token: str, max_l
         return "chosen equals rejected"
     if not row["chosen_ids"] or not row["rejected_ids"]:
         return "chosen or rejected has no tokens"
-    if "chosen" in row and _is_blank(row["chosen"], eos_token):
+    if "chosen" in row and is_blank(row["chosen"], eos_token):
         return "chosen is empty"
     if any(name in row and not all(r["completion_ids"] for r in row[name]) for name in branches):
         return "an extra response is empty"

@@ -27,7 +27,16 @@ from ..registry import METHODS, Method
 
 
 # Kind -> sequences that the model trains on for one pair
-SEQUENCES = {"sft": 1, "pairs": 2, "unpaired": 2, "triples": 3, "samples": 3, "self-play": 2, "lists": 2, "weighted": 2}
+SEQUENCES = {
+    "sft": 1,
+    "pairs": 2,
+    "unpaired": 2,
+    "triples": 3,
+    "samples": 3,
+    "self-play": 2,
+    "lists": 2,
+    "weighted": 2,
+}
 
 Row = dict[str, Any]
 

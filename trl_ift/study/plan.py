@@ -28,8 +28,16 @@ from ..trl_internals import tokenize
 from .evaluate import PARTS, HeldOut, Task
 from .measures import digest_of
 from .methods import (
-    KNOWN, NEEDS, SEQUENCES, Row, as_chat, get_study_method, options_of, training_rows, unknown_options,
-)  # fmt: skip
+    KNOWN,
+    NEEDS,
+    SEQUENCES,
+    Row,
+    as_chat,
+    get_study_method,
+    options_of,
+    training_rows,
+    unknown_options,
+)
 
 
 BASELINE = "start"  # the start itself, as a row of the tables

@@ -443,7 +443,12 @@ def _with_token_weights(study: Study, cell: Cell, source: str, data: Dataset, ma
     model, tokenizer = load_trained(study, cell.start, source, None)
     positive, negative = CONTRASTIVE_PROMPTS
     return estimate_token_weights(
-        data, model, positive_prompt=positive, negative_prompt=negative, processing_class=tokenizer, max_length=max_length
+        data,
+        model,
+        positive_prompt=positive,
+        negative_prompt=negative,
+        processing_class=tokenizer,
+        max_length=max_length,
     )
 
 

@@ -40,7 +40,7 @@ from ..data.caching import versioned
 from ..extension import ExtensionConfig, ExtensionTrainer
 from ..hub.card import library_versions
 from ..preference.collator import Column
-from ..preference.trainer import _REFERENCE_TOLERANCE, _check_instance, _is_blank, _reference_copy
+from ..preference.trainer import REFERENCE_TOLERANCE, check_instance, is_blank, reference_copy
 from ..trl_internals import (
     FusedTap,
     global_then_local_main_first,
@@ -196,7 +196,7 @@ class UnpairedTrainer(ExtensionTrainer, KTOTrainer):
                 "The dataset holds reference log-probabilities (ref_logps) and a `ref_model` was passed. Drop one of the two."
             )
         if isinstance(model, torch.nn.Module):
-            _check_instance(model, peft_config)
+            check_instance(model, peft_config)
             keep_4bit_trainable_on_cpu(model)
 
         self._stored_reference = stored
@@ -207,7 +207,7 @@ class UnpairedTrainer(ExtensionTrainer, KTOTrainer):
         new_prompt = getattr(peft_config, "is_prompt_learning", False)
         self._reference_is_start = not stored and ref_model is None and not new_prompt
         if ref_model is None and not without_model and not isinstance(model, str):
-            ref_model = _reference_copy(model, args, peft_config)
+            ref_model = reference_copy(model, args, peft_config)
 
         asked_for, args.precompute_ref_log_probs = args.precompute_ref_log_probs, without_model
         try:
@@ -385,7 +385,7 @@ class UnpairedTrainer(ExtensionTrainer, KTOTrainer):
         if noisy or not args.disable_dropout or args.neftune_noise_alpha is not None:
             return
         half = args.bf16 or args.fp16
-        tolerance = _REFERENCE_TOLERANCE.get(self.model.dtype if not half else torch.bfloat16, 0.05)
+        tolerance = REFERENCE_TOLERANCE.get(self.model.dtype if not half else torch.bfloat16, 0.05)
         drift = batch.logratios.detach().mean().abs().item()
         if not drift <= tolerance * max(1.0, batch.lengths.float().mean().item()):  # NaN too
             raise ValueError(
@@ -566,7 +566,7 @@ def _why_dropped(row: dict[str, Any], eos_token: str, max_length: int | None) ->
         return f"the prompt fills `max_length={max_length}`"
     if not row["completion_ids"]:
         return "the response has no tokens"
-    if row["label"] and "completion" in row and _is_blank(row["completion"], eos_token):
+    if row["label"] and "completion" in row and is_blank(row["completion"], eos_token):
         return "a good response is empty"
     return None
 
