@@ -55,6 +55,7 @@ FAMILY = {
     "ULMA": ("ulma", STORED),
     "UFT": ("uft", STORED),
     "FIGA": ("figa", {}),
+    "FPO, random features": ("fpo", {}),  # no trained autoencoder of the model is at hand
 }
 
 KINDS = ("chosen", "rejected", "reference")
@@ -190,7 +191,7 @@ def merged(adapter: Path, model_path: str) -> str:
 
 def run(name: str, seed: int, args, model_path: str, triples, samples, rows, start) -> dict:
     from peft import LoraConfig
-    from transformers import AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
     from trl_ift import get_method
     from trl_ift.data.token_weights import CONTRASTIVE_PROMPTS, estimate_token_weights
@@ -209,10 +210,14 @@ def run(name: str, seed: int, args, model_path: str, triples, samples, rows, sta
         triples = estimate_token_weights(
             triples,
             model_path,
-            Path(args.output) / "token-log-probs",
+            output_dir=Path(args.output) / "token-log-probs",
             positive_prompt=positive,
             negative_prompt=negative,
         )
+    if method.name == "fpo":
+        from preference import random_sae
+
+        extra["sae"] = random_sae(AutoConfig.from_pretrained(model_path).hidden_size)
     if method.name == "mrpo":
         options = {**options, "ref_models": [merged(Path(args.output) / "adapters" / "TPO-seed0", model_path)]}
     trainer = method.trainer_class(

@@ -59,11 +59,13 @@ def embed_prompts(
         batch_size: Texts of one call of `encoder`.
 
     Raises:
-        TypeError, ValueError: The dataset is a stream or has that column, or the encoder does not return a vector for each text
-            that is finite and not 0.
+        TypeError, ValueError: The dataset is a stream, is empty or has that column, or the encoder does not return a vector for
+            each text that is finite and not 0.
     """
     if not isinstance(dataset, Dataset):
         raise TypeError(f"`dataset` must be a `Dataset`, got `{type(dataset).__name__}`.")
+    if not len(dataset):
+        raise ValueError("`dataset` is empty: it has no rows. Check the split, and any filter applied before.")
     if EMBEDDING in dataset.column_names:
         raise ValueError(
             f"`dataset` has a column '{EMBEDDING}'. Drop it first: `dataset.remove_columns('{EMBEDDING}')`."

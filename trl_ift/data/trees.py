@@ -20,6 +20,7 @@ critique), and the next turn continues from there. The last turn needs no feedba
 `feedback` is a text, which becomes a message of the user, or a list of messages. How actions are sampled and checked is yours.
 """
 
+import json
 import random
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -73,7 +74,8 @@ def cross_turn_pairs(
 ) -> list[dict[str, Any]]:
     """Preference rows of one turn: correct actions against incorrect ones of other turns, in random order.
 
-    The pairs of the same turn are those of `tree_to_pairs`. A tree of N turns has N correct and N incorrect actions.
+    The pairs of the same turn are those of `tree_to_pairs`. A tree of N turns has N correct and N incorrect actions. Actions
+    are told apart by what they say: equal ones are one action, which is in no pair with itself, and no pair comes twice.
 
     Args:
         tree: The tree.
@@ -95,13 +97,21 @@ def cross_turn_pairs(
     candidates = [(i, j) for i in range(number) for j in range(number) if i != j]
     random.Random(seed).shuffle(candidates)
     rows: list[dict[str, Any]] = []
-    uses: dict[tuple[str, int], int] = {}
+    uses: dict[tuple[str, str], int] = {}
+    seen = {(_key(turn["chosen"]), _key(turn["rejected"])) for turn in turns}
     for i, j in candidates:
-        keys = (("chosen", i), ("rejected", j))
-        if len(rows) < max_pairs and all(uses.get(key, 0) < max_uses for key in keys):
+        chosen, rejected = pair = _key(turns[i]["chosen"]), _key(turns[j]["rejected"])
+        keys = (("chosen", chosen), ("rejected", rejected))
+        usable = chosen != rejected and pair not in seen
+        if usable and len(rows) < max_pairs and all(uses.get(key, 0) < max_uses for key in keys):
+            seen.add(pair)
             uses |= {key: uses.get(key, 0) + 1 for key in keys}
             rows.append(_row(tree, prompt=prompt, chosen=turns[i]["chosen"], rejected=turns[j]["rejected"]))
     return rows
+
+
+def _key(action: Messages) -> str:
+    return json.dumps(action, sort_keys=True, default=str)
 
 
 def _row(tree: Mapping[str, Any], **columns: Any) -> dict[str, Any]:
@@ -119,6 +129,11 @@ def _checked(tree: Mapping[str, Any]) -> tuple[Messages, list[dict[str, Messages
     prompt = _messages(tree["prompt"], "user", f"{where}: 'prompt'")
     turns = []
     for index, turn in enumerate(tree["turns"]):
+        if not isinstance(turn, Mapping):
+            raise TypeError(
+                f"{where}, turn {index}, must be a mapping with 'chosen' and 'rejected', found {str(turn)[:80]!r} "
+                f"({type(turn).__name__})."
+            )
         if missing := [name for name in ("chosen", "rejected") if not turn.get(name)]:
             raise ValueError(
                 f"{where}, turn {index}, has no {' and no '.join(map(repr, missing))}; it has {sorted(turn)}."

@@ -22,14 +22,17 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
+from transformers.utils import logging
 
 from ..checks import check_range, check_unused
 from ..hub.paper import arxiv_paper
-from .trainer import PairLossConfig, PreferenceBatch, PreferenceTrainer
+from .trainer import REF_COLUMNS, PairLossConfig, PreferenceBatch, PreferenceTrainer
 
 
 # Largest mean log-probability whose odds are taken
 _CERTAIN = -1e-7
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -138,6 +141,14 @@ class AlignedSFTTrainer(PreferenceTrainer):
         "Ruoyu Wang and Jiachen Sun and Shaowei Hua and Quan Fang",
         2024,
     )
+
+    def _check_dataset(self, args, dataset, name, stored):
+        super()._check_dataset(args, dataset, name, stored)
+        if found := [column for column in REF_COLUMNS if column in next(iter(dataset))]:
+            logger.warning(
+                f"`{name}` has the columns {found}, which have no effect: ASFT does not compare with a reference. Drop "
+                "them, or choose a method with a reference."
+            )
 
     def pair_loss(self, batch: PreferenceBatch) -> torch.Tensor:
         args, chosen, rejected = self.args, batch.chosen.mean_logps, batch.rejected.mean_logps

@@ -91,6 +91,19 @@ class TokenColumn(Column):
         return (row[self.name] for row in dataset.select_columns(self.name).with_format("numpy"))
 
 
+@dataclass(frozen=True)
+class Flag(Column):
+    """A truth value per row; a batch has it as a float unless the collator of the method says otherwise."""
+
+    def check(self, value: Any, where: str) -> None:
+        """Raise unless `value` is a truth value."""
+        if not isinstance(value, bool):
+            raise TypeError(
+                f"{where}: column '{self.name}' must hold true or false, found {value!r} ({type(value).__name__}). Convert the "
+                f"column (`dataset.cast_column({self.name!r}, Value('bool'))`), and fill or drop rows without a value."
+            )
+
+
 WEIGHT = Column("weight", low=0.0)
 
 

@@ -19,6 +19,7 @@ layer, the residual stream that such autoencoders are trained on.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -133,8 +134,10 @@ class FPOTrainer(PreferenceTrainer):
     before training do not do.
 
     Args:
-        sae: The autoencoder ([`~trl_ift.preference.sae.JumpReLUSAE`], or another with `encode`, `d_model`, `d_sae`), in place
-            of `sae_path`.
+        sae: The autoencoder, in place of `sae_path`: [`~trl_ift.preference.sae.JumpReLUSAE`], or an object of yours with the
+            sizes `d_model` and `d_sae`, `encode(hidden, columns)`, which returns features (T, d_sae) of hidden states
+            (T, d_model), or those in `columns` (k,) if that is not None, (T, k), and `to(device)`, which returns the object
+            on a device. It must be differentiable in `hidden` and have no parameters that are trained.
 
     Example:
 
@@ -173,7 +176,11 @@ class FPOTrainer(PreferenceTrainer):
                 f"FPO needs one sparse autoencoder, as `sae_path` or as `sae`; found {found}. Give one of them."
             )
         self._sae: ReLUSAE | IdentityEncoder = load_sae(args.sae_path) if sae is None else sae
-        _check_fit(args, self._sae, _config_of(model, args))
+        _check_encoder(self._sae)
+        config = _config_of(model, args).get_text_config()
+        _check_fit(args, self._sae, config)
+        if ref_model is not None:
+            _check_reference(config, _config_of(ref_model, args).get_text_config())
         self._hidden: list[torch.Tensor] = []
         self._ref_hidden: Any = None
         super().__init__(model, ref_model, args, *arguments, **named)
@@ -206,10 +213,13 @@ class FPOTrainer(PreferenceTrainer):
 
     def pair_loss(self, batch: PreferenceBatch) -> torch.Tensor:
         args = self.args
+        chosen_logratios, rejected_logratios = (_mean_logratios(part) for part in (batch.chosen, batch.rejected))
+        if args.fpo_alpha == 0:
+            zero = torch.zeros_like(chosen_logratios)
+            return fpo_loss(chosen_logratios, rejected_logratios, zero, zero, self.beta, 0.0)
         chosen, rejected = self._distances(torch.cat([batch.chosen.mask, batch.rejected.mask])).chunk(2)
         for name, distance in (("chosen", chosen), ("rejected", rejected)):
             self._record_mean(f"fpo/distance_{name}", distance.sum(), distance.numel())
-        chosen_logratios, rejected_logratios = (_mean_logratios(part) for part in (batch.chosen, batch.rejected))
         return fpo_loss(
             chosen_logratios, rejected_logratios, chosen, rejected, self.beta, args.fpo_alpha, args.detach_chosen
         )
@@ -272,8 +282,29 @@ def _config_of(model: Any, args: FPOConfig) -> PretrainedConfig:
     return AutoConfig.from_pretrained(model, **{name: value for name, value in options.items() if value is not None})
 
 
+def _check_encoder(sae: Any) -> None:
+    """Raise unless an encoder has what is used of it."""
+    wrong = [name for name in ("d_model", "d_sae") if not isinstance(getattr(sae, name, None), Integral)]
+    wrong += [name for name in ("encode", "to") if not callable(getattr(sae, name, None))]
+    if wrong:
+        raise TypeError(
+            f"`sae` ({type(sae).__name__}) lacks {', '.join(map(repr, wrong))}. Expected the integers `d_model` and `d_sae`, "
+            "and the methods `encode(hidden, columns)` and `to(device)`, as `trl_ift.preference.sae.ReLUSAE` has them."
+        )
+
+
+def _check_reference(config: PretrainedConfig, other: PretrainedConfig) -> None:
+    """Raise unless the layers of the reference are like those of the policy."""
+    for name, words in (("hidden_size", "hidden states of {} numbers"), ("num_hidden_layers", "{} decoder layers")):
+        own, found = getattr(config, name), getattr(other, name)
+        if own != found:
+            raise ValueError(
+                f"`ref_model` has {words.format(found)}, and the model has {words.format(own)}: their features cannot be "
+                "compared. Pass a reference of the same architecture."
+            )
+
+
 def _check_fit(args: FPOConfig, sae: Any, config: PretrainedConfig) -> None:
-    config = config.get_text_config()
     if sae.d_model != config.hidden_size:
         raise ValueError(
             f"The autoencoder reads hidden states of {sae.d_model} numbers, and the model's have {config.hidden_size}. Take "
@@ -284,7 +315,7 @@ def _check_fit(args: FPOConfig, sae: Any, config: PretrainedConfig) -> None:
             f"`sae_layer={args.sae_layer}` is out of range: the model has {config.num_hidden_layers} decoder layers, counted "
             "from 0, or from the end with -1, -2, ..."
         )
-    if args.fpo_top_k > sae.d_sae:
+    if args.fpo_alpha > 0 and args.fpo_top_k > sae.d_sae:
         raise ValueError(
             f"`fpo_top_k={args.fpo_top_k}` is more than the {sae.d_sae} features of the autoencoder. Lower it."
         )

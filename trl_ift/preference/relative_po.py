@@ -117,6 +117,11 @@ class RelativePOConfig(PairLossConfig):
                 "`per_device_train_batch_size=1` leaves a pair nothing to be compared with: this is DPO. Gradient accumulation "
                 "does not help; raise the batch size."
             )
+        if self.eval_strategy != "no" and self.per_device_eval_batch_size == 1:
+            logger.warning(
+                "`per_device_eval_batch_size=1` leaves a pair nothing to be compared with: the evaluation loss is DPO's. Raise "
+                "the batch size."
+            )
 
 
 def relative_weights(chosen: torch.Tensor, rejected: torch.Tensor, temperature: float) -> torch.Tensor:

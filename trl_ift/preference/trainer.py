@@ -484,6 +484,11 @@ class PreferenceTrainer(ExtensionTrainer, DPOTrainer):
         stored = self.uses_reference and REF_COLUMNS[0] in next(iter(train_dataset), {})
         for name, dataset in named.items():
             self._check_dataset(args, dataset, name, stored)
+            if args.precompute_ref_log_probs and not stored and isinstance(dataset, IterableDataset):
+                raise ValueError(
+                    f"`precompute_ref_log_probs=True` is not supported with IterableDataset, and `{name}` is one. Pass a "
+                    f"`Dataset`, add the columns {REF_COLUMNS}, or set `precompute_ref_log_probs=False`."
+                )
             if self.uses_reference and not stored and REF_COLUMNS[0] in next(iter(dataset)):
                 raise ValueError(
                     f"`{name}` has the columns {REF_COLUMNS} and `train_dataset` lacks them, so that the two would be "

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils import is_peft_model
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from peft import PeftConfig, PeftModel, TaskType
 from transformers import (
@@ -33,29 +34,21 @@ from transformers.utils import logging
 from trl import RewardConfig, RewardTrainer
 
 from ..checks import check_preference_dataset, check_range
+from ..data.caching import versioned
 from ..extension import ExtensionConfig, ExtensionTrainer
 from ..hub.paper import arxiv_paper
-from ..preference.collator import Column
-from ..trl_internals import DataCollatorForReward, keep_4bit_trainable_on_cpu
+from ..preference.collator import Column, Flag
+from ..preference.trainer import is_blank
+from ..trl_internals import DataCollatorForReward, global_then_local_main_first, keep_4bit_trainable_on_cpu
 
 
 logger = logging.get_logger(__name__)
 
 
-@dataclass(frozen=True)
-class BooleanColumn(Column):
-    """A yes or no per row."""
-
-    def check(self, value: Any, where: str) -> None:
-        if not isinstance(value, bool):
-            raise TypeError(
-                f"{where}: column '{self.name}' must hold booleans, found {value!r} ({type(value).__name__}). Fill it with "
-                "true or false, or drop the column."
-            )
-
-
-ABSOLUTE = BooleanColumn("absolute")
+ABSOLUTE = Flag("absolute")
 MARGIN = Column("margin")
+# What models for sequence classification call their head
+_HEADS = ("score", "classifier")
 
 
 @dataclass
@@ -199,6 +192,7 @@ class EurusRewardTrainer(ExtensionTrainer, RewardTrainer):
             peft_config=peft_config,
         )
         keep_4bit_trainable_on_cpu(self.model)  # no forward has run yet
+        _check_trained_head(self.model)
         if data_collator is None:
             options = {name: getattr(self.data_collator, name) for name in ("pad_token_id", "pad_to_multiple_of")}
             self.data_collator = EurusRewardCollator(**options)
@@ -226,20 +220,26 @@ class EurusRewardTrainer(ExtensionTrainer, RewardTrainer):
             check_rows(args, dataset, name)
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
-        prepared = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
-        if not isinstance(dataset, Dataset):
-            return prepared
-        if not len(prepared):
+        # An endless stream of untrainable rows must not hang the check
+        probe = dataset.with_format(None) if isinstance(dataset, Dataset) else dataset.take(1000)
+        prepared, kept = self._prepare_rows(probe, processing_class, args, dataset_name)
+        if next(iter(kept), None) is None:
             raise ValueError(
-                f"No row of the {dataset_name} dataset fits `max_length={args.max_length}`, prompt and response together. "
-                "Raise it, or set it to None."
+                f"No row of the {dataset_name} dataset fits `max_length={args.max_length}`, prompt and response together, with "
+                "responses that differ and are not empty. Check the columns, raise `max_length`, or set it to None."
             )
-        if dropped := len(dataset) - len(prepared):
-            logger.warning(
-                f"Dropped {dropped} of {len(dataset)} rows of the {dataset_name} dataset: a response is longer than "
-                f"`max_length={args.max_length}` with its prompt."
+        if not isinstance(dataset, Dataset):
+            return self._prepare_rows(dataset, processing_class, args, dataset_name)[1]
+        _report_dropped(probe, prepared, kept, dataset_name, args, processing_class.eos_token)
+        return kept
+
+    def _prepare_rows(self, dataset, processing_class, args, dataset_name):
+        """Return the tokenized dataset, and the same without the pairs that cannot be trained."""
+        prepared = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+        with global_then_local_main_first():
+            return prepared, prepared.filter(
+                versioned(_trainable), fn_kwargs={"eos_token": processing_class.eos_token}
             )
-        return prepared
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
@@ -253,6 +253,16 @@ class EurusRewardTrainer(ExtensionTrainer, RewardTrainer):
             for name, dataset in named.items():
                 check_rows(self.args, dataset, f"{name} dataset")
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+
+    def predict(self, test_dataset, ignore_keys=None, metric_key_prefix="test"):
+        """As in transformers; the dataset is prepared as `evaluate` prepares it."""
+        check_rows(self.args, test_dataset, "test_dataset")
+        test_dataset = self._prepare_dataset(test_dataset, self.processing_class, self.args, metric_key_prefix)
+        output = super().predict(test_dataset, ignore_keys, metric_key_prefix)
+        # Nothing logs the metrics of a prediction: they must not be averaged into the next evaluation
+        self._metrics["eval"].clear()
+        self.__dict__.get("_sums", {}).get("eval", {}).clear()
+        return output
 
     # ---------------------------------------------------------------- loss
 
@@ -281,13 +291,15 @@ class EurusRewardTrainer(ExtensionTrainer, RewardTrainer):
 
 def check_rows(args: EurusRewardConfig, dataset: Any, name: str) -> None:
     """Check columns and types of a dataset: of its first row, and all numbers and booleans of a map-style one."""
+    if isinstance(dataset, Dataset):
+        dataset = dataset.with_format(None)
     row: dict[str, Any] = next(iter(dataset), {})
     columns = (MARGIN, ABSOLUTE)
     if not {"chosen_ids", "rejected_ids"} <= set(row):
         check_preference_dataset(dataset, name, columns)
     else:
         for column in [column for column in columns if column.name in row]:
-            values = dataset.with_format(None)[column.name] if isinstance(dataset, Dataset) else [row[column.name]]
+            values = dataset[column.name] if isinstance(dataset, Dataset) else [row[column.name]]
             for index, value in enumerate(values):
                 column.check(value, f"`{name}`, row {index}")
     if MARGIN.name in row and args.relative_coef == 0:
@@ -306,8 +318,59 @@ def _check_head(model: Any, peft_config: Any) -> None:
         )
     if peft_config is None or getattr(peft_config, "is_prompt_learning", False):
         return
-    if peft_config.task_type != TaskType.SEQ_CLS and not getattr(peft_config, "modules_to_save", None):
+    heads = {name.split(".")[0] for name in _head(model)} if isinstance(model, torch.nn.Module) else {*_HEADS}
+    saved = getattr(peft_config, "modules_to_save", None) or ()
+    if peft_config.task_type != TaskType.SEQ_CLS and not heads & {name.split(".")[-1] for name in saved}:
         raise ValueError(
-            f"The adapter (`task_type={getattr(peft_config.task_type, 'value', None)!r}`) would leave the reward head as it "
-            "was initialised. Set `task_type='SEQ_CLS'` in its config, or `modules_to_save=['score']`."
+            f"The adapter (`task_type={getattr(peft_config.task_type, 'value', None)!r}`, `modules_to_save={list(saved)}`) "
+            "would leave the reward head as it was initialised. Set `task_type='SEQ_CLS'` in its config, or "
+            "`modules_to_save=['score']`."
         )
+
+
+def _head(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """The parameters of a model that are not those of its backbone, by name."""
+    if is_peft_model(model):
+        model = model.get_base_model()
+    backbone = f"{model.base_model_prefix}."
+    return {name: value for name, value in model.named_parameters() if not name.startswith(backbone)}
+
+
+def _check_trained_head(model: torch.nn.Module) -> None:
+    """Raise if the head would stay as it is."""
+    if not any(parameter.requires_grad for parameter in _head(model).values()):
+        raise ValueError(
+            "No parameter of the reward head requires a gradient, so that it would stay as it is. With an adapter, set "
+            "`task_type='SEQ_CLS'` in its config, or `modules_to_save=['score']`; else unfreeze the head."
+        )
+
+
+def _why_dropped(row: dict[str, Any], eos_token: str) -> str | None:
+    """Reason why a prepared pair cannot be trained, or `None`."""
+    if row["chosen_ids"] == row["rejected_ids"]:
+        return "chosen equals rejected"
+    if not row["chosen_ids"] or not row["rejected_ids"]:
+        return "chosen or rejected has no tokens"
+    if "chosen" in row and is_blank(row["chosen"], eos_token):
+        return "chosen is empty"
+    return None
+
+
+def _trainable(row: dict[str, Any], **options: Any) -> bool:
+    return _why_dropped(row, **options) is None
+
+
+def _report_dropped(
+    raw: Dataset, prepared: Dataset, kept: Dataset, name: str, args: EurusRewardConfig, eos_token: str
+) -> None:
+    reasons: dict[str, int] = {}
+    if len(raw) > len(prepared):
+        reason = f"a response is longer than `max_length={args.max_length}` with its prompt"
+        reasons[reason] = len(raw) - len(prepared)
+    if len(kept) < len(prepared):
+        for row in prepared:
+            if reason := _why_dropped(row, eos_token):
+                reasons[reason] = reasons.get(reason, 0) + 1
+    if reasons:
+        found = ", ".join(f"{number} ({reason})" for reason, number in reasons.items())
+        logger.warning(f"Dropped {sum(reasons.values())} of {len(raw)} rows of the {name} dataset: {found}.")

@@ -7,21 +7,8 @@ from typing import Any
 import torch
 
 from ..checks import _check_no_nulls, _check_same_kind, _is_ids, _kind, check_preference_dataset
-from ..preference.collator import WEIGHT, Column
+from ..preference.collator import WEIGHT, Column, Flag
 from ..trl_internals import DataCollatorForUnpairedPreference
-
-
-@dataclass(frozen=True)
-class Flag(Column):
-    """A column of truth values."""
-
-    def check(self, value: Any, where: str) -> None:
-        """Raise unless `value` is a truth value."""
-        if not isinstance(value, bool):
-            raise TypeError(
-                f"{where}: column '{self.name}' must hold true or false, found {value!r} ({type(value).__name__}). Convert the "
-                f"column (`dataset.cast_column({self.name!r}, Value('bool'))`), and fill or drop rows without a value."
-            )
 
 
 LABEL, SCORE, IS_SFT = Flag("label"), Column("score", low=0, high=1), Flag("is_sft")
@@ -35,7 +22,9 @@ def is_paired(row: Any) -> bool:
     return "chosen" in row and "rejected" in row
 
 
-def complete_feedback(row: Any, threshold: float, fractional: bool = True) -> dict[str, Any]:
+def complete_feedback(
+    row: Any, threshold: float, fractional: bool = True, scores_needed: bool = False
+) -> dict[str, Any]:
     """Return `label` and `score` of a row that may have one of them only; what cannot be known stays `None`.
 
     A demonstration (`is_sft`) without feedback is a perfect answer. A row of an unpaired pair with `chosen_score` and
@@ -45,6 +34,10 @@ def complete_feedback(row: Any, threshold: float, fractional: bool = True) -> di
         row: A row with `label`, `score`, or both.
         threshold: Least score of a row with label true.
         fractional: Whether scores other than 0 and 1 may stand without a label.
+        scores_needed: Whether a row with label false needs a score.
+
+    Raises:
+        ValueError: The feedback contradicts itself, or does not do for the loss.
     """
     label, score = row.get("label"), row.get("score")
     if label is not None and "chosen_score" in row:
@@ -52,18 +45,32 @@ def complete_feedback(row: Any, threshold: float, fractional: bool = True) -> di
         label = None
     elif row.get("is_sft") is True and label is None and score is None:
         score = 1.0
+    if row.get("is_sft") is True and (label is False or (score is not None and score < 1)):
+        found = "the label false" if label is False else f"the score {score}"
+        raise ValueError(
+            f"A row is a demonstration (`is_sft`), which is a perfect answer, and has {found}. Set `is_sft` to false, or drop "
+            "its label and score."
+        )
     if label is None and score is not None:
         if not fractional and score not in (0, 1):
+            remedy = "Round it, add a column 'label', or choose a loss for scores"
+            if "chosen_score" in row:
+                remedy = "Drop 'chosen_score' and 'rejected_score', or choose a loss for scores"
             raise ValueError(
-                f"A row has the score {score} and no `label`, and the loss reads labels: the score must be 0 or 1. Round it, "
-                "add a column 'label', or choose a loss for scores."
+                f"A row has the score {score} and no `label`, and the loss reads labels: the score must be 0 or 1. {remedy} "
+                "(ULMA: `negative_loss='continuous'`)."
             )
         label = score >= threshold
+    if scores_needed and label is False and score is None:
+        raise ValueError(
+            "A bad answer has no score, which the loss would take for 0. Add a column 'score' (for pairs 'chosen_score' and "
+            "'rejected_score'), or choose a loss for labels (ULMA: `negative_loss='binary'`)."
+        )
     return {"label": label, "score": float(label) if score is None and isinstance(label, bool) else score}
 
 
 def check_unpaired_dataset(
-    dataset: Any, name: str, columns: Sequence[Column], threshold: float, fractional: bool = True
+    dataset: Any, name: str, columns: Sequence[Column], threshold: float, **feedback: bool
 ) -> None:
     """Check columns and types of a dataset: of its first row, and all feedback and numbers of a map-style one.
 
@@ -72,7 +79,7 @@ def check_unpaired_dataset(
         name: How the messages call it, e.g. `"train_dataset"`.
         columns: Columns of numbers and truth values that the method reads.
         threshold: As in `complete_feedback`.
-        fractional: As in `complete_feedback`.
+        feedback: Options of `complete_feedback`.
     """
     row = next(iter(dataset), None)
     if row is None:
@@ -82,16 +89,14 @@ def check_unpaired_dataset(
         _check_pairs(dataset, name, row)
     else:
         _check_single(dataset, name, row)
-    feedback = [column for column in (LABEL, SCORE, IS_SFT, *PAIR_SCORES) if column.name in row]
-    for where, values in _numbers(
-        dataset, name, [column.name for column in (*feedback, *columns) if column.name in row]
-    ):
-        for column in feedback:  # as it is given: a null may be completed
+    given = [column for column in (LABEL, SCORE, IS_SFT, *PAIR_SCORES) if column.name in row]
+    for where, values in _numbers(dataset, name, [column.name for column in (*given, *columns) if column.name in row]):
+        for column in given:  # as it is given: a null may be completed
             if values[column.name] is not None:
                 column.check(values[column.name], where)
         for label in (True, False) if paired else (values.get("label"),):
             try:
-                completed = values | complete_feedback(values | {"label": label}, threshold, fractional)
+                completed = values | complete_feedback(values | {"label": label}, threshold, **feedback)
             except ValueError as error:
                 raise ValueError(f"{where}: {error}") from None
             for column in columns:
@@ -101,7 +106,7 @@ def check_unpaired_dataset(
 
 def _numbers(dataset: Any, name: str, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     """The columns of each row of a map-style dataset, of the first row of a stream, and how messages call the row."""
-    if not hasattr(dataset, "num_rows"):
+    if not hasattr(dataset, "num_rows") or not columns:
         row = next(iter(dataset))
         yield f"`{name}`, first row", {column: row[column] for column in columns}
         return

@@ -33,9 +33,9 @@ from transformers import (
     TrainerCallback,
 )
 from transformers.utils import logging
-from trl import KTOConfig, KTOTrainer
+from trl import KTOConfig, KTOTrainer, extract_prompt, unpair_preference_dataset
 
-from ..checks import check_peft, check_range, check_unused
+from ..checks import check_choice, check_peft, check_range, check_unused
 from ..data.caching import versioned
 from ..extension import ExtensionConfig, ExtensionTrainer
 from ..hub.card import library_versions
@@ -51,6 +51,9 @@ from ..trl_internals import (
 from .data import COLUMNS, REF_LOGPS, UnpairedCollator, check_unpaired_dataset, complete_feedback, is_paired
 
 
+# The others need lengths, which prompts and responses in two columns do not have
+_SAMPLING = ("random", "sequential")
+
 logger = logging.get_logger(__name__)
 
 
@@ -64,7 +67,7 @@ class UnpairedConfig(ExtensionConfig, KTOConfig):
     > [!NOTE]
     > These parameters have default values different from [`~trl.KTOConfig`]:
     > - `loss_type`: `"apo_zero_unpaired"`, which builds no mismatched pairs for a KL term; another value raises.
-    > - `train_sampling_strategy`: `"random"` instead of `"sequential"`, which only the KL term of KTO needs.
+    > - `train_sampling_strategy`: `"random"` instead of `"sequential"`, which only the KL term of KTO needs; others raise.
     """
 
     loss_type: str = field(
@@ -77,12 +80,13 @@ class UnpairedConfig(ExtensionConfig, KTOConfig):
     train_sampling_strategy: str = field(
         default="random",
         metadata={
-            "help": "Sampler of the training dataloader: 'random', 'sequential', or 'group_by_length'.",
-            "choices": ["random", "sequential", "group_by_length"],
+            "help": "Sampler of the training dataloader: 'random' or 'sequential'.",
+            "choices": list(_SAMPLING),
         },
     )
 
     def __post_init__(self):
+        check_choice("train_sampling_strategy", self.train_sampling_strategy, _SAMPLING)
         check_range("beta", self.beta, 0, low_open=True)
         check_range("desirable_weight", self.desirable_weight, 0)
         check_range("undesirable_weight", self.undesirable_weight, 0)
@@ -154,6 +158,7 @@ class UnpairedTrainer(ExtensionTrainer, KTOTrainer):
         columns: Numbers per row that the method reads beside these; declared by subclasses.
         label_threshold: Least score of a row with label true, where the data have scores only.
         fractional_scores: Whether scores other than 0 and 1 may stand without a label.
+        needs_scores: Whether a row with label false needs a score.
         class_means: Whether the mean over the rows of each label is taken, and the two are added.
     """
 
@@ -161,6 +166,7 @@ class UnpairedTrainer(ExtensionTrainer, KTOTrainer):
     columns: tuple[Column, ...] = ()
     label_threshold = 0.5
     fractional_scores = True
+    needs_scores = False
     class_means = False
     data_collator: Any
     precompute_ref_logps: bool
@@ -295,6 +301,11 @@ class UnpairedTrainer(ExtensionTrainer, KTOTrainer):
         stored = REF_LOGPS.name in next(iter(train_dataset), {})
         for name, dataset in named.items():
             self._check_dataset(args, dataset, name, stored)
+            if not stored and args.precompute_ref_log_probs and isinstance(dataset, IterableDataset):
+                raise ValueError(
+                    f"`precompute_ref_log_probs=True` is not supported with IterableDataset, and `{name}` is one. Pass a "
+                    "`Dataset`, add the column 'ref_logps', or set `precompute_ref_log_probs=False`."
+                )
             if not stored and REF_LOGPS.name in next(iter(dataset)):
                 raise ValueError(
                     f"`{name}` has the column 'ref_logps' and `train_dataset` lacks it, so that the two would be compared with "
@@ -303,9 +314,9 @@ class UnpairedTrainer(ExtensionTrainer, KTOTrainer):
         return stored
 
     def _check_dataset(self, args: Any, dataset: Any, name: str, stored: bool) -> None:
-        check_unpaired_dataset(
-            dataset, name, (*self._all_columns, REF_LOGPS), self.label_threshold, self.fractional_scores
-        )
+        if isinstance(dataset, Dataset):
+            dataset = dataset.with_format(None)
+        check_unpaired_dataset(dataset, name, (*self._all_columns, REF_LOGPS), **self._feedback)
         row = next(iter(dataset))
         for column in self.columns:
             if column.required and column.name not in row:
@@ -316,26 +327,50 @@ class UnpairedTrainer(ExtensionTrainer, KTOTrainer):
                 "computes it."
             )
 
+    @property
+    def _feedback(self) -> dict[str, Any]:
+        """Options of `complete_feedback`."""
+        return {
+            "threshold": self.label_threshold,
+            "fractional": self.fractional_scores,
+            "scores_needed": self.needs_scores,
+        }
+
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
-        prepared, kept = self._prepare_rows(dataset, processing_class, args, dataset_name)
+        # An endless stream of untrainable rows must not hang the check
+        probe = dataset.with_format(None) if isinstance(dataset, Dataset) else dataset.take(1000)
+        differing = self._differing(probe)
+        kept: Any = ()
+        if next(iter(differing), None) is not None:
+            prepared, kept = self._prepare_rows(differing, processing_class, args, dataset_name)
+        if next(iter(kept), None) is None:
+            raise ValueError(_NO_ROWS.format(name=dataset_name, max_length=args.max_length))
         if isinstance(dataset, Dataset):
-            _report_dropped(dataset, prepared, kept, dataset_name, self._drop_options(args))
-        else:  # an endless stream of untrainable rows must not hang the check
-            _, kept_probe = self._prepare_rows(dataset.take(1000), processing_class, args, dataset_name)
-            if next(iter(kept_probe), None) is None:
-                raise ValueError(_NO_ROWS.format(name=dataset_name, max_length=args.max_length))
-        return kept
+            _report_dropped(probe, differing, prepared, kept, dataset_name, self._drop_options(args))
+            return kept
+        return self._prepare_rows(self._differing(dataset), processing_class, args, dataset_name)[1]
+
+    def _differing(self, dataset):
+        """The dataset without the pairs whose responses are equal: they would be trained with both labels."""
+        row = next(iter(dataset))
+        if not is_paired(row) or "prompt_ids" in row:
+            return dataset
+        with global_then_local_main_first():
+            return dataset.filter(versioned(_differ), fn_kwargs={"eos_token": self._tokenizer.eos_token})
 
     def _prepare_rows(self, dataset, processing_class, args, dataset_name):
         """Return the tokenized dataset, and the same without the rows that cannot be trained."""
-        prepared = dataset
-        if "prompt_ids" not in next(iter(dataset)):
+        prepared, row = dataset, next(iter(dataset))
+        if is_paired(row) and "prompt_ids" not in row and isinstance(dataset, IterableDataset):
+            # TRL unpairs by the thousand, good rows first, and the order of a stream is that of the training
+            dataset = dataset if "prompt" in row else dataset.map(extract_prompt)
+            dataset = unpair_preference_dataset(dataset, batch_size=1)
+        if "prompt_ids" not in row:
             # For a dataset called "train" TRL gives advice on KTO's class weights
             name = {"train": "training"}.get(dataset_name, dataset_name)
             prepared = super()._prepare_dataset(dataset, processing_class, args, name)
         with global_then_local_main_first():
-            feedback = {"threshold": self.label_threshold, "fractional": self.fractional_scores}
-            prepared = prepared.map(versioned(complete_feedback), fn_kwargs=feedback)
+            prepared = prepared.map(versioned(complete_feedback), fn_kwargs=self._feedback)
             return prepared, prepared.filter(versioned(_trainable), fn_kwargs=self._drop_options(args))
 
     def _drop_options(self, args) -> dict[str, Any]:
@@ -555,8 +590,8 @@ class UnpairedTrainer(ExtensionTrainer, KTOTrainer):
 # ---------------------------------------------------------------- rows
 
 _NO_ROWS = (
-    "No row of the {name} dataset can be trained: the responses are empty, or their prompts fill `max_length={max_length}`. "
-    "Check the columns, or raise `max_length`."
+    "No row of the {name} dataset can be trained: the responses are empty, those of a pair are equal, or their prompts fill "
+    "`max_length={max_length}`. Check the columns, or raise `max_length`."
 )
 
 
@@ -575,17 +610,29 @@ def _trainable(row: dict[str, Any], **options: Any) -> bool:
     return _why_dropped(row, **options) is None
 
 
-def _report_dropped(raw: Dataset, prepared: Dataset, kept: Dataset, name: str, options: dict[str, Any]) -> None:
-    total = len(raw) * (2 if is_paired(raw[0]) and "prompt_ids" not in raw[0] else 1)
+def _differ(row: dict[str, Any], eos_token: str) -> bool:
+    """Whether the responses of a pair differ, but for an end that TRL adds."""
+    chosen, rejected = (
+        value.removesuffix(eos_token) if isinstance(value, str) else value
+        for value in (row["chosen"], row["rejected"])
+    )
+    return chosen != rejected
+
+
+def _report_dropped(
+    raw: Dataset, differing: Dataset, prepared: Dataset, kept: Dataset, name: str, options: dict[str, Any]
+) -> None:
+    rows = 2 if is_paired(raw[0]) and "prompt_ids" not in raw[0] else 1
+    total = len(raw) * rows
     reasons: dict[str, int] = {}
-    if total > len(prepared):
-        reasons[f"the prompt fills `max_length={options['max_length']}`"] = total - len(prepared)
+    if len(raw) > len(differing):
+        reasons["chosen equals rejected"] = (len(raw) - len(differing)) * rows
+    if len(differing) * rows > len(prepared):
+        reasons[f"the prompt fills `max_length={options['max_length']}`"] = len(differing) * rows - len(prepared)
     if len(kept) < len(prepared):
         for row in prepared:
             if reason := _why_dropped(row, **options):
                 reasons[reason] = reasons.get(reason, 0) + 1
-    if not len(kept):
-        raise ValueError(_NO_ROWS.format(name=name, max_length=options["max_length"]))
     if reasons:
         found = ", ".join(f"{number} ({reason})" for reason, number in reasons.items())
         logger.warning(f"Dropped {sum(reasons.values())} of {total} rows of the {name} dataset: {found}.")

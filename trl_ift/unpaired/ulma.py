@@ -23,6 +23,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from datasets import Dataset
+from transformers.utils import logging
 
 from ..checks import check_choice, check_range
 from ..hub.paper import arxiv_paper
@@ -33,6 +35,8 @@ POSITIVE_LOSSES = ("nll", "beta_nll", "pointwise_dpo")
 NEGATIVE_LOSSES = ("binary", "continuous")
 LOGP_REDUCTIONS = ("mean", "sum")
 BATCH_REDUCTIONS = ("class_means", "row_mean")
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -151,8 +155,17 @@ class ULMATrainer(UnpairedTrainer):
     )
 
     def _declare(self, args: Any) -> None:
-        self.fractional_scores = args.negative_loss == "continuous"
+        self.fractional_scores = self.needs_scores = args.negative_loss == "continuous"
         self.class_means = args.batch_reduction == "class_means"
+
+    def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
+        kept = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+        if isinstance(kept, Dataset) and not any(kept["label"][:]):
+            logger.warning(
+                f"No row of the {dataset_name} dataset has the label true, so that there is nothing to imitate. (Without "
+                "labels, only a score of 1 marks a good answer.) Add a column 'label', or scale the scores."
+            )
+        return kept
 
     def _logps(self, batch: UnpairedBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probabilities under policy and reference in the chosen reduction, each (N,)."""
