@@ -6,12 +6,13 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
-from pairs import difference, loss_and_gradients, make
+from pairs import anchored, difference, loss_and_gradients, make, message_log
 from test_family import batch_of
 from torch import tensor
 from trl.experimental.orpo.orpo_trainer import ORPOTrainer
 
 from trl_ift import AlignedSFTConfig, AlignedSFTTrainer, PreferenceConfig, PreferenceTrainer
+from trl_ift.preference import aligned_sft
 from trl_ift.preference.aligned_sft import align_loss, aligned_sft_loss, log1mexp, log_odds
 
 
@@ -154,6 +155,17 @@ def test_metrics_and_memory(tmp_path, tokenizer):
 def test_wrong_options(tmp_path, settings, message):
     with pytest.raises(ValueError, match=message):
         AlignedSFTConfig(str(tmp_path), use_cpu=True, bf16=False, **settings)
+
+
+def test_stored_reference_is_said(tmp_path, tokenizer, monkeypatch):
+    messages = message_log(monkeypatch, aligned_sft)
+    trainer_of(tmp_path, tokenizer, data=anchored())
+    assert messages[0].startswith(
+        "`train_dataset` has the columns ['ref_chosen_logps', 'ref_rejected_logps'], which have no effect"
+    )
+    messages.clear()
+    trainer_of(tmp_path, tokenizer)
+    assert messages == []
 
 
 def test_unpaired_rows_are_refused(tmp_path, tokenizer):

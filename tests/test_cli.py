@@ -20,7 +20,7 @@ from trl import DatasetMixtureConfig, ScriptArguments
 
 from trl_ift import METHODS, IFTConfig, IFTTrainer, __version__, get_method
 from trl_ift.cli import main
-from trl_ift.registry import methods_table
+from trl_ift.registry import methods_table, symptoms_table
 from trl_ift.scripts import train as script
 from trl_ift.scripts.data import load_named, load_splits
 
@@ -93,7 +93,7 @@ def test_methods_table(columns, capsys, monkeypatch):
 
 def test_methods_as_markdown(capsys):
     assert main(["methods", "--markdown"]) == 0
-    assert capsys.readouterr().out.strip() == methods_table()
+    assert capsys.readouterr().out.strip() == f"{methods_table()}\n\n{symptoms_table()}"
 
 
 def test_unknown_command_names_the_nearest(capsys):

@@ -229,6 +229,23 @@ class TestFilters:
         assert rows["prompt_index"][:] == [index for index in range(1, 9) for _ in range(2)]
         assert messages == ["Dropped of 18 pairs: 2 with the instruction in the prompt."]
 
+    def test_plain_answers_are_those_to_all_prompts(self):
+        """Whatever the instruction, so that a second style finds them in the folder."""
+        data = concatenate_datasets([Dataset.from_list([{"prompt": f"Why? {PLUS}"}]), TEXTS])
+        asked = {}
+        for style in (PLUS, MINUS):
+            note = lambda prompts, name, number: (  # noqa: E731
+                asked.setdefault((style, name.split("-")[0]), prompts["prompt"][:]),  # noqa: B023
+                answers(["x", *PLAIN], [*STYLED, "brief 8"])(prompts, name, number),
+            )[1]
+            for variant in ("enc", "neg"):
+                rows = build(data, note, variant, **dict.fromkeys(NEEDED[variant], style))
+                first = int(style == PLUS)
+                assert rows["prompt_index"][:] == list(range(first, 9))
+                assert rows["chosen" if variant == "neg" else "rejected"][:] == ["x", *PLAIN][first:]
+        assert asked[PLUS, "control"] == asked[MINUS, "control"] == data["prompt"][:]
+        assert asked[PLUS, "desired"] == [f"{PLUS}\n\n{question}" for question, _ in tiny.QUESTIONS]
+
     def test_lengths_are_reported(self, monkeypatch):
         messages = message_log(monkeypatch, counterfactual, "info")
         build(TEXTS, answers(["one two three"] * 8, ["one"] * 8), "enc")
@@ -268,6 +285,11 @@ class TestFilters:
         (TEXTS.select([]), NEEDED["con"], "is empty"),
         (TEXTS.to_iterable_dataset(), NEEDED["con"], "is a IterableDataset; expected a `Dataset`"),
         (Dataset.from_list([{"prompt": "a"}, {"prompt": ""}]), NEEDED["con"], "`dataset`, row 1: the prompts must"),
+        (
+            Dataset.from_list([{"prompt": [{"role": "user", "content": [{"type": "text", "text": "a"}]}]}]),
+            NEEDED["con"],
+            "row 0: a message has a content of parts",
+        ),
         (
             Dataset.from_list([{"prompt": [{"role": "system", "content": "a"}]}]),
             NEEDED["con"] | {"style_position": "user_prefix"},

@@ -26,7 +26,10 @@ def ultrafeedback() -> Dataset:
         }
         for question, answer in tiny.QUESTIONS
     ]
-    return Dataset.from_list([{**row, "score_chosen": 8.0, "score_rejected": float(i)} for i, row in enumerate(rows)])
+    ratings = [max(1.0, float(i)) for i in range(len(rows))]  # of 1 to 10
+    return Dataset.from_list(
+        [row | {"score_chosen": 8.0, "score_rejected": rating} for row, rating in zip(rows, ratings, strict=True)]
+    )
 
 
 def triples() -> Dataset:

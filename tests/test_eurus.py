@@ -10,7 +10,7 @@ import trl
 from datasets import Dataset
 from huggingface_hub import ModelCard
 from pairs import difference, double, gradients, logs, loss_and_gradients, make, message_log, step_gradients
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from torch import tensor
 from trl import RewardConfig, RewardTrainer
 
@@ -281,8 +281,8 @@ def test_command_line_trains_the_head(tmp_path, tokenizer, capsys):
 @pytest.mark.parametrize(
     ("columns", "settings", "message"),
     [
-        ({"absolute": [1] * 8}, {}, "row 0: column 'absolute' must hold booleans, found 1"),
-        ({"absolute": [True] * 7 + [None]}, {}, "row 7: column 'absolute' must hold booleans, found None"),
+        ({"absolute": [1] * 8}, {}, "row 0: column 'absolute' must hold true or false, found 1"),
+        ({"absolute": [True] * 7 + [None]}, {}, "row 7: column 'absolute' must hold true or false, found None"),
         ({"margin": [0.1] * 7 + [math.nan]}, {}, "row 7: column 'margin' holds nan"),
         ({"margin": MARGINS}, {"relative_coef": 0.0}, "has a column 'margin', which belongs to the relative term"),
     ],
@@ -310,11 +310,100 @@ def test_wrong_data_and_models(tmp_path, tokenizer):
         attempt(tiny.model("llama", tokenizer), data())
     with pytest.raises(ValueError, match="would leave the reward head as it was initialised"):
         attempt("no such model", data(), peft_config=LoraConfig(task_type="CAUSAL_LM"))
-    with pytest.raises(ValueError, match="No row of the train dataset fits `max_length=2`"):
-        attempt(tiny.reward_model(tokenizer), data(), max_length=2)
+    for pairs in (data(), data().to_iterable_dataset()):
+        with pytest.raises(ValueError, match="No row of the train dataset fits `max_length=2`"):
+            attempt(tiny.reward_model(tokenizer), pairs, max_length=2)
+    embeddings = LoraConfig(task_type="CAUSAL_LM", modules_to_save=["embed_tokens"])
+    for model in ("no such model", tiny.reward_model(tokenizer)):
+        with pytest.raises(ValueError, match=r"`modules_to_save=\['embed_tokens'\]`\) would leave the reward head"):
+            attempt(model, data(), peft_config=embeddings)
     with pytest.raises(ValueError, match="leaves out 'absolute', which the loss reads"):
         collator = trl.trainer.reward_trainer.DataCollatorForPreference(pad_token_id=0)
         attempt(tiny.reward_model(tokenizer), data(ABSOLUTE), data_collator=collator)
+
+
+@pytest.mark.parametrize(
+    ("settings", "trained"),
+    [
+        ({}, False),
+        ({"modules_to_save": ["embed_tokens"]}, False),
+        ({"modules_to_save": ["score"]}, True),
+        ({"task_type": "SEQ_CLS"}, True),
+        ({"target_modules": ["q_proj", "score"]}, True),
+    ],
+)
+def test_head_of_an_adapter_on_the_model(settings, trained, tmp_path, tokenizer):
+    config = LoraConfig(**{"target_modules": ["q_proj"], "r": 2} | settings)
+    model = get_peft_model(tiny.reward_model(tokenizer), config)
+    arguments = (EurusRewardTrainer, EurusRewardConfig, tmp_path, model, data(), tokenizer)
+    if trained:
+        make(*arguments)
+        return
+    with pytest.raises(ValueError, match="No parameter of the reward head requires a gradient"):
+        make(*arguments)
+
+
+def test_frozen_head(tmp_path, tokenizer):
+    model = tiny.reward_model(tokenizer)
+    model.score.requires_grad_(False)
+    with pytest.raises(ValueError, match="No parameter of the reward head requires a gradient"):
+        make(EurusRewardTrainer, EurusRewardConfig, tmp_path, model, data(), tokenizer)
+
+
+def test_predict(tmp_path, tokenizer):
+    """Of texts, as `evaluate`; its metrics are not those of the next evaluation."""
+    trainer = trainer_of(tmp_path, tokenizer, data(ABSOLUTE, MARGINS))
+    expected = trainer.evaluate(data(ABSOLUTE, MARGINS))
+    output = trainer.predict(data(ABSOLUTE, MARGINS))
+    assert output.metrics["test_loss"] == pytest.approx(expected["eval_loss"])
+    trainer.predict(data(ABSOLUTE).select(range(2)))
+    again = trainer.evaluate(data(ABSOLUTE, MARGINS))
+    assert again["eval_eurus/chosen_reward"] == pytest.approx(expected["eval_eurus/chosen_reward"])
+    with pytest.raises(TypeError, match="`test_dataset`, row 0: column 'absolute' must hold true or false"):
+        trainer.predict(data([1] * 8))
+
+
+@pytest.mark.parametrize("form", ["torch", "numpy"])
+@pytest.mark.parametrize("kind", ["text", "messages", "tokens"])
+def test_formatted_data(kind, form, tmp_path, tokenizer):
+    pairs = data() if kind == "text" else tiny.conversational_preference_data()
+    pairs = pairs.add_column("absolute", ABSOLUTE).add_column("margin", MARGINS)
+    trainer = trainer_of(tmp_path, tokenizer, pairs)
+    expected = step_gradients(trainer)[0]
+    if kind == "tokens":
+        pairs = trainer.train_dataset.select_columns(["chosen_ids", "rejected_ids", "absolute", "margin"])
+    pairs = pairs.with_format(form)
+    trainer = trainer_of(tmp_path, tokenizer, pairs)
+    assert step_gradients(trainer)[0] == expected
+    assert math.isfinite(trainer.evaluate(pairs)["eval_loss"])
+    assert math.isfinite(trainer.predict(pairs).metrics["test_loss"])
+
+
+def test_dropped_pairs(tmp_path, tokenizer, monkeypatch):
+    messages = message_log(monkeypatch, eurus)
+    rows = data().to_list()
+    rows[0]["rejected"] = rows[0]["chosen"]
+    rows[3]["chosen"] = "  "
+    rows[5]["rejected"] = "  "  # may well be a wrong answer
+    trainer = trainer_of(tmp_path, tokenizer, Dataset.from_list(rows))
+    assert len(trainer.train_dataset) == 6
+    assert messages == ["Dropped 2 of 8 rows of the train dataset: 1 (chosen equals rejected), 1 (chosen is empty)."]
+    stream = trainer_of(tmp_path, tokenizer, Dataset.from_list(rows).to_iterable_dataset())
+    assert len(list(stream.train_dataset)) == 6
+    conversations = tiny.conversational_preference_data().to_list()
+    conversations[0]["chosen"][-1]["content"] = ""
+    for row in conversations[4:]:  # the prompt within the responses
+        row |= {kind: row["prompt"] + row[kind] for kind in ("chosen", "rejected")}
+        del row["prompt"]
+    conversations[5]["chosen"][-1]["content"] = " "
+    for part in (conversations[:4], conversations[4:]):
+        assert len(trainer_of(tmp_path, tokenizer, Dataset.from_list(part)).train_dataset) == 3
+    tokens = Dataset.from_list([{"chosen_ids": [5, 6], "rejected_ids": ids} for ids in ([5, 6], [], [7])])
+    assert len(trainer_of(tmp_path, tokenizer, tokens).train_dataset) == 1
+    equal = Dataset.from_list([row | {"rejected": row["chosen"]} for row in rows])
+    for pairs in (equal, equal.to_iterable_dataset()):
+        with pytest.raises(ValueError, match="No row of the train dataset .* with responses that differ"):
+            trainer_of(tmp_path, tokenizer, pairs)
 
 
 def test_warnings(tmp_path, tokenizer, monkeypatch):

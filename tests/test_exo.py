@@ -7,7 +7,18 @@ import tiny
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
-from pairs import difference, double, gradients, lists, logs, loss_and_gradients, make, response_ids, step_gradients
+from pairs import (
+    anchored,
+    difference,
+    double,
+    gradients,
+    lists,
+    logs,
+    loss_and_gradients,
+    make,
+    response_ids,
+    step_gradients,
+)
 from peft import LoraConfig
 from torch import tensor
 from trl import DPOConfig, DPOTrainer
@@ -361,6 +372,36 @@ def test_streams(tmp_path, tokenizer):
     stream = trainer_of(tmp_path, tokenizer, data.to_iterable_dataset(), **options)
     whole = trainer_of(tmp_path, tokenizer, data, **options)
     assert step_gradients(stream)[0] == step_gradients(whole)[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rewards": [1.0, 2.0, 3.0]}, "has 4 completions and 3 rewards, expected as many"),
+        ({"rewards": [1.0, 2.0, 3.0, math.nan]}, "column 'rewards' holds nan"),
+        ({"completions": [" a", " b", " c"], "rewards": [1.0, 2.0, 3.0]}, "do not divide into groups of 2"),
+        ({"rewards": [1.0, 1.0, 3.0, 4.0]}, "both responses of a group have the reward 1.0"),
+    ],
+)
+def test_later_rows_of_streams(change, message, tmp_path, tokenizer):
+    """They are checked when they are read."""
+    data = Dataset.from_list([*[ROW] * 4, *[ROW | {"prompt": "bad"} | change] * 4]).to_iterable_dataset()
+    options = {"precompute_ref_log_probs": False, "exo_num_contrastive": 2, "exo_loss": "exo-pref"}
+    with pytest.raises(ValueError, match=f"The row with the prompt 'bad'.*{message}"):
+        list(trainer_of(tmp_path, tokenizer, data, **options).train_dataset)
+
+
+def test_stored_references_and_a_temperature(tmp_path, tokenizer):
+    """Columns are those at 1; what the trainer has stored itself is taken."""
+    pairs = anchored()
+    assert trainer_of(tmp_path / "a", tokenizer, pairs)
+    with pytest.raises(
+        ValueError, match="of `train_dataset` are log-probabilities at the temperature 1, .* divided by 0.5"
+    ):
+        trainer_of(tmp_path / "b", tokenizer, pairs, exo_temperature=0.5)
+    data = lists(SIZES)
+    trainer = trainer_of(tmp_path / "c", tokenizer, data, eval_dataset=data, exo_temperature=0.5)
+    assert trainer.evaluate(trainer.eval_dataset)["eval_loss"] == trainer.evaluate()["eval_loss"]
 
 
 # ---------------------------------------------------------------- bad input

@@ -361,6 +361,16 @@ class TestMarksOfYourOwn:
         ):
             trainer_of(tmp_path, tokenizer, self.data(tokenizer), align="indel")
 
+    def test_in_tokenized_rows(self, tmp_path, tokenizer):
+        """They were marked by someone else, unless this trainer has made them."""
+        data = edits()
+        trainer = trainer_of(tmp_path / "a", tokenizer, data, eval_dataset=data, align="indel")
+        assert trainer.evaluate(trainer.eval_dataset)["eval_loss"] == trainer.evaluate()["eval_loss"]
+        with pytest.raises(
+            ValueError, match="`align='indel'` has no effect on `train_dataset`, which has the columns"
+        ):
+            trainer_of(tmp_path / "b", tokenizer, trainer.train_dataset, align="indel")
+
 
 def test_equal_answers_are_dropped(tmp_path, tokenizer):
     rows = edits().to_list()

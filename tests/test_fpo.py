@@ -384,6 +384,54 @@ def test_what_does_not_fit(tmp_path, tokenizer, model_dir, monkeypatch, settings
         trainer_of(tmp_path, tokenizer, model=model_dir)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"hidden_size": 32}, "`ref_model` has hidden states of 32 numbers, and the model has hidden states of 16"),
+        ({"num_hidden_layers": 1}, "`ref_model` has 1 decoder layers, and the model has 2 decoder layers"),
+        ({"num_hidden_layers": 3}, "`ref_model` has 3 decoder layers"),
+    ],
+)
+def test_another_reference(tmp_path, tokenizer, model_dir, overrides, message):
+    reference = tiny.model("llama", tokenizer, **overrides)
+    with pytest.raises(ValueError, match=message):
+        trainer_of(tmp_path, tokenizer, model=model_dir, ref_model=reference)
+
+
+def test_without_constraint_few_features_do(tmp_path, tokenizer, monkeypatch):
+    """The encoder is not run, and need not have as many features as are compared by default."""
+    monkeypatch.setattr(IdentityEncoder, "encode", lambda *arguments: pytest.fail("the encoder was run"))
+    trainer = trainer_of(tmp_path, tokenizer, IdentityEncoder(16), fpo_alpha=0.0, fpo_top_k=50)
+    trainer.train()
+    with pytest.raises(ValueError, match="`fpo_top_k=50` is more than the 16 features"):
+        trainer_of(tmp_path, tokenizer, ReLUSAE(torch.ones(16, 16), torch.ones(16)), fpo_top_k=50)
+
+
+class Halves:
+    """An encoder of another class: the halves of hidden states."""
+
+    d_model, d_sae = 16, 16
+
+    def encode(self, hidden, columns=None):
+        return hidden / 2 if columns is None else hidden[..., columns] / 2
+
+    def to(self, device):
+        self.device = device
+        return self
+
+
+def test_an_encoder_of_ones_own(tmp_path, tokenizer, model_dir):
+    losses, _ = step_gradients(trainer_of(tmp_path, tokenizer, Halves()))
+    sae = Halves()
+    assert step_gradients(trainer_of(tmp_path, tokenizer, sae))[0] == losses
+    assert sae.device.type == "cpu"
+    for name in ("encode", "to", "d_model", "d_sae"):
+        lacking = Halves()
+        setattr(lacking, name, None)
+        with pytest.raises(TypeError, match=rf"`sae` \(Halves\) lacks '{name}'. Expected the integers"):
+            trainer_of(tmp_path, tokenizer, lacking, model="no such model")
+
+
 def test_one_autoencoder(tmp_path, tokenizer, model_dir):
     data = Dataset.from_list(tiny.preference_data().to_list())
     args = FPOConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none")

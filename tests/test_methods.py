@@ -267,7 +267,11 @@ DATA = {
         "train_dataset": tiny.preference_data().add_column("latent_distance", [2.0, 0.5, 1.0, 3.0, 0.1, 1.5, 0.7, 2.5])
     },
     "tpo": lambda settings: {"train_dataset": tiny.triple_data()},
-    "ulma": lambda settings: {"train_dataset": tiny.prompt_completion_data().add_column("label", [True, False] * 4)},
+    "ulma": lambda settings: {
+        "train_dataset": tiny.prompt_completion_data()
+        .add_column("label", [True, False] * 4)
+        .add_column("score", [1.0, 0.2] * 4)
+    },
     "uft": lambda settings: {
         "train_dataset": tiny.prompt_completion_data()
         .add_column("score", [1.0, 0.2, 0.7, 1.0, 0.0, 0.4, 1.0, 0.6])

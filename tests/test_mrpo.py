@@ -21,10 +21,10 @@ from torch import tensor
 from transformers import PreTrainedTokenizerFast
 
 from trl_ift import MRPOConfig, MRPOTrainer, PreferenceConfig
-from trl_ift.data import references, score_references
+from trl_ift.data import caching, references, score_references
 from trl_ift.preference import mrpo
 from trl_ift.preference.mrpo import mrpo_loss, reference_weights, trust_region, virtual_reference
-from trl_ift.preference.trainer import PreferenceTrainer
+from trl_ift.preference.trainer import PreferenceTrainer, pair_ids
 
 
 def double(*values):
@@ -310,6 +310,17 @@ class TestScores:
         assert loads[3:] == [str(copy)]
         assert changed["ref1_chosen_logps"][:] != first["ref1_chosen_logps"][:]
 
+    def test_other_code_scores_anew(self, tmp_path, other, loads, monkeypatch):
+        data = on_disk(tmp_path, tiny.preference_data())
+        for _ in range(2):
+            score_references(data, other[0])
+        assert len(loads) == 1
+        digest = caching._source_digest
+        changed = pair_ids.__module__
+        monkeypatch.setattr(caching, "_source_digest", lambda name: "new" if name == changed else digest(name))
+        score_references(data, other[0])
+        assert len(loads) == 2
+
     def test_one_model_in_memory(self, other, model_dir, monkeypatch):
         alive, found, load = [], [], references.load_model
 
@@ -470,6 +481,19 @@ class TestTrainer:
             )  # fmt: skip
         assert found[0]["dtype"] == "bfloat16"
         assert "revision" not in found[0]
+
+    def test_dtype_is_that_of_a_policy_in_memory(self, tmp_path, tokenizer, other, monkeypatch):
+        """And its kind of attention."""
+        found = []
+        monkeypatch.setattr(
+            references, "load_model", lambda source, adapter, kwargs, device: found.append(kwargs) or 1 / 0
+        )
+        model = tiny.model("llama", tokenizer).to(torch.bfloat16)
+        model.set_attn_implementation("eager")
+        with pytest.raises(ZeroDivisionError):
+            make(MRPOTrainer, MRPOConfig, tmp_path, model, tiny.preference_data(), tokenizer, ref_models=[other[0]])
+        assert found[0]["dtype"] == torch.bfloat16
+        assert found[0]["attn_implementation"] == "eager"
 
     def test_cut_pairs_are_dropped(self, tmp_path, tokenizer, other, monkeypatch):
         messages = message_log(monkeypatch, mrpo)

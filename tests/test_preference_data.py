@@ -315,6 +315,9 @@ class TestDroppedRows:
         data = tiny.preference_data().to_iterable_dataset()
         with pytest.raises(ValueError, match="`precompute_ref_log_probs=True` is not supported with IterableDataset"):
             make(tmp_path, model_dir, data, precompute_ref_log_probs=True)
+        for arguments in ((data,), (tiny.preference_data(),)):  # before a model is loaded
+            with pytest.raises(ValueError, match="is not supported with IterableDataset, and `.*` is one"):
+                make(tmp_path, "no such model", *arguments, eval_dataset=data, precompute_ref_log_probs=True)
 
     def test_streams(self, tmp_path, model_dir):
         rows = tiny.preference_data().to_list()

@@ -1,6 +1,7 @@
 """Cases in which a preference trainer, its data or its card would be wrong without a word."""
 
 import types
+from functools import partial
 
 import pytest
 import tiny
@@ -12,13 +13,13 @@ from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from trl_ift import IFTConfig, IFTTrainer
-from trl_ift.data import generate_completions
+from trl_ift.data import caching, generate_completions
 from trl_ift.data.caching import _source_digest, versioned
 from trl_ift.data.fingerprint import differs_from_source
 from trl_ift.preference import trainer as trainer_module
 from trl_ift.preference.mpo import MPOTrainer
 from trl_ift.preference.tpo import TPOTrainer
-from trl_ift.preference.trainer import PreferenceConfig, PreferenceTrainer
+from trl_ift.preference.trainer import PreferenceConfig, PreferenceTrainer, is_blank
 from trl_ift.trl_internals import forget_fused_head
 
 
@@ -211,6 +212,18 @@ class TestData:
         monkeypatch.setattr("inspect.getsource", lambda module: f"{module.__name__}, changed")
         assert Hasher.hash(versioned(call_me)) != before
         _source_digest.cache_clear()
+
+    def test_nor_what_is_called_from_elsewhere(self, monkeypatch):
+        """The modules of functions that are called count too; those of a notebook have no source."""
+        before = Hasher.hash(versioned(call_me, is_blank))
+        assert before != Hasher.hash(versioned(call_me))
+        digest, changed = _source_digest, is_blank.__module__
+        monkeypatch.setattr(caching, "_source_digest", lambda name: "new" if name == changed else digest(name))
+        assert Hasher.hash(versioned(call_me, is_blank)) != before
+        assert Hasher.hash(versioned(call_me, partial(is_blank, eos_token="."))) != before
+        monkeypatch.undo()
+        sourceless = types.FunctionType(call_me.__code__, {"__name__": "__main__"})
+        assert versioned(sourceless)(2, y=3) == 5
 
     def test_predictions_do_not_change_the_next_evaluation(self, tmp_path, tokenizer):
         data = tiny.triple_data()

@@ -310,6 +310,11 @@ class TestEmbeddings:
         with pytest.raises(ValueError, match=message):
             embed_prompts(tiny.preference_data(), encoder)
 
+    def test_no_rows(self):
+        for dataset in (Dataset.from_list([]), tiny.preference_data().select([])):
+            with pytest.raises(ValueError, match="`dataset` is empty: it has no rows"):
+                embed_prompts(dataset, lambda texts: np.ones((len(texts), 2)))
+
     def test_bad_data(self):
         with pytest.raises(TypeError, match="must be a `Dataset`, got `IterableDataset`"):
             embed_prompts(tiny.preference_data().to_iterable_dataset())
@@ -407,3 +412,7 @@ def test_a_batch_of_one_is_said(tmp_path, monkeypatch):
     assert warnings == []
     RelativePOConfig(str(tmp_path), use_cpu=True, bf16=False, per_device_train_batch_size=1)
     assert "leaves a pair nothing to be compared with: this is DPO" in warnings[0]
+    RelativePOConfig(str(tmp_path), use_cpu=True, bf16=False, per_device_eval_batch_size=1)
+    assert len(warnings) == 1
+    RelativePOConfig(str(tmp_path), use_cpu=True, bf16=False, per_device_eval_batch_size=1, eval_strategy="epoch")
+    assert warnings[1].startswith("`per_device_eval_batch_size=1` leaves a pair nothing to be compared with")

@@ -1,6 +1,8 @@
 """SPO-style: the degraded texts, the auxiliary loss against an independent computation, and the life of its head."""
 
+import importlib
 import json
+import linecache
 import math
 import os
 import signal
@@ -11,7 +13,7 @@ import pytest
 import tiny
 import torch
 import two_processes_spo
-from datasets import Dataset
+from datasets import Dataset, load_dataset
 from pairs import difference, double, gradients, logs, loss_and_gradients, make, step_gradients
 from peft import LoraConfig
 from safetensors import safe_open
@@ -20,6 +22,8 @@ from torch import tensor
 from transformers import AutoModelForCausalLM
 
 from trl_ift import PreferenceConfig, SelfSupervisedPOConfig, SelfSupervisedPOTrainer
+from trl_ift.data import caching
+from trl_ift.preference import self_supervised_po as module
 from trl_ift.preference.collator import PreferenceCollator
 from trl_ift.preference.self_supervised_po import DegreeCollator, degraded_texts, degree_loss, pooled, rake
 from trl_ift.preference.trainer import PreferenceTrainer
@@ -258,6 +262,23 @@ def test_epochs_draw_anew(tmp_path, tokenizer):
     assert epochs[:5] == [0, 0, 1, 1, 2]
 
 
+def test_workers_that_outlive_an_epoch_draw_anew(tmp_path, tokenizer):
+    """Levels of a worker that lives on are those of no worker, in every epoch."""
+    found = []
+    for workers in (0, 1):
+        options = {"dataloader_num_workers": workers, "dataloader_persistent_workers": workers > 0}
+        trainer = trainer_of(tmp_path / str(workers), tokenizer, per_device_train_batch_size=8, max_steps=4, **options)
+        labels, compute = [], trainer._compute_loss
+        trainer._compute_loss = lambda model, inputs, *rest, labels=labels, compute=compute: (
+            labels.append(inputs["degraded_chosen_labels"].tolist()),
+            compute(model, inputs, *rest),
+        )[1]
+        trainer.train()
+        found.append(labels)
+    assert found[0] == found[1]
+    assert len({str(labels) for labels in found[1]}) == 4
+
+
 def test_accumulation(tmp_path, tokenizer):
     """A step as a whole and in parts, some of which have no degraded response: head and policy."""
     steps = []
@@ -393,6 +414,51 @@ def test_another_extraction(tmp_path, tokenizer):
 
     trainer = trainer_of(tmp_path, tokenizer, tiny.preference_data(), cls=Letters)
     assert all(len(rows) == 4 for rows in trainer.train_dataset["degraded_chosen_rows"])
+
+
+def test_an_edited_extraction_is_another(tmp_path, tokenizer, monkeypatch):
+    """Its results are not taken from the cache, though its name is the same."""
+    source = "def phrases(text):\n    return [(i, i + {width}, 1.0) for i in range(0, 3 * {width}, {width})]\n"
+    monkeypatch.syspath_prepend(tmp_path)
+    tiny.preference_data().to_json(tmp_path / "pairs.jsonl")
+    lengths = []
+    for width in (1, 2):
+        (tmp_path / "own_phrases.py").write_text(source.format(width=width))
+        sys.modules.pop("own_phrases", None)
+        monkeypatch.setattr(sys, "dont_write_bytecode", True)
+        caching._source_digest.cache_clear()
+        linecache.clearcache()
+        importlib.invalidate_caches()
+        phrases = importlib.import_module("own_phrases").phrases
+        cls = type("Own", (SelfSupervisedPOTrainer,), {"key_phrases": staticmethod(phrases)})
+        data = load_dataset(
+            "json", data_files=str(tmp_path / "pairs.jsonl"), split="train", cache_dir=str(tmp_path / "cache")
+        )
+        rows = trainer_of(tmp_path / str(width), tokenizer, data, cls=cls, spo_gamma_rejected=0.0).train_dataset
+        lengths.append([len(row["completion_ids"]) for row in rows[0]["degraded_chosen_rows"]])
+    assert lengths[0] != lengths[1]
+
+
+def test_rows_of_another_trainer(tmp_path, tokenizer):
+    """Refused: they may have other levels. Those of its own are taken again."""
+    data = wordy_data()
+    trainer = trainer_of(tmp_path / "a", tokenizer, data, eval_dataset=data, spo_levels=3)
+    assert trainer.evaluate(trainer.eval_dataset)["eval_loss"] == trainer.evaluate()["eval_loss"]
+    with pytest.raises(
+        ValueError, match="`train_dataset` has the column 'degraded_chosen_rows', made by another trainer"
+    ):
+        trainer_of(tmp_path / "b", tokenizer, trainer.train_dataset, spo_levels=4)
+
+
+def test_contents_of_parts(tmp_path, tokenizer):
+    """Of a first row before the model is loaded."""
+    parts = [{"role": "assistant", "content": [{"type": "text", "text": TEXT}]}]
+    row = {"prompt": [{"role": "user", "content": "x"}], "chosen": parts, "rejected": parts}
+    args = SelfSupervisedPOConfig(str(tmp_path), use_cpu=True, bf16=False)
+    with pytest.raises(TypeError, match="A message of 'chosen' has the content .*, a list of parts"):
+        SelfSupervisedPOTrainer("no/model", args=args, train_dataset=Dataset.from_list([row]))
+    with pytest.raises(TypeError, match="A message of 'rejected' has the content"):
+        module._degrade(row, "rejected", tokenizer, "", None, extract=rake, levels=2)
 
 
 @pytest.mark.parametrize(

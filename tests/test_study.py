@@ -707,6 +707,33 @@ class TestRun:
         a_row = sum(len(tokenizer(row["prompt"] + row["chosen"])["input_ids"]) + 1 for row in study.subset(10, 0)) / 10
         assert train["tokens"] == round(24 * a_row)
 
+    def test_degraded_answers_are_charged(self, inputs, tmp_path, tokenizer):
+        """Four sequences a pair, and one level of each answer a step."""
+        methods = {
+            "spo": {"method": "self-supervised-po", "spo_levels": 2, "budget": {"sequences": 32}},
+            "dpo": {"budget": {"sequences": 32}},
+        }
+        study = Study(
+            settings(
+                inputs, tmp_path / "out", methods=methods, sizes=[8], starts={"plain": {"model": inputs["model"]}}
+            )
+        )
+        start, arm = study.starts["plain"], study.arms["spo"]
+        assert (study.steps(arm, 8), study.steps(study.arms["dpo"], 8)) == (2, 4)
+        data = training_rows(arm.method.kind, study.rows_of(start, 8, 0), 4, 0)
+        config = study.config(arm, 8, 0, str(tmp_path))
+        trainer = make_trainer(study, start, arm.method, start.model, config, data)
+        trainer.state.global_step = 2
+        expected = 0.0
+        for row in trainer.train_dataset:
+            prompt = len(row["prompt_ids"])
+            expected += 2 * prompt + len(row["chosen_ids"]) + len(row["rejected_ids"])
+            for side in ("chosen", "rejected"):
+                if levels := row[f"degraded_{side}_rows"]:
+                    assert len(levels) == 2
+                    expected += sum(prompt + len(level["completion_ids"]) for level in levels) / 2
+        assert module.count_tokens(trainer) == round(expected)
+
     def test_tokens_of_kto_are_those_of_dpo(self, finished):
         cells = by_label(finished[1])
         assert cells["kto"]["train"]["tokens"] == cells["dpo"]["train"]["tokens"]

@@ -19,9 +19,11 @@ from trl_ift.cli import main
 from trl_ift.data import estimate_token_weights
 from trl_ift.data import token_weights as module
 from trl_ift.data.token_weights import TRANSFORMS, token_weights, unit_weights
+from trl_ift.preference import trainer as base_module
 from trl_ift.preference.collator import Branch, PreferenceCollator, TokenColumn
 from trl_ift.preference.tis_dpo import CHOSEN_WEIGHTS, REJECTED_WEIGHTS, tis_dpo_loss
 from trl_ift.preference.trainer import PreferenceTrainer as Base
+from trl_ift.study import run as run_module
 from trl_ift.study.costs import measure_costs
 from trl_ift.study.plan import Study
 from trl_ift.study.run import run_study
@@ -320,6 +322,49 @@ def test_streams_and_evaluation(tmp_path, tokenizer):
     trainer.train()
     assert math.isfinite(trainer.evaluate()["eval_loss"])
     assert math.isfinite(trainer.evaluate(data.select(range(4, 8)))["eval_loss"])
+
+
+def test_evaluation_on_its_own_dataset(tmp_path, tokenizer):
+    """Sums that the trainer has stored are weighted; of others that is not known."""
+    data = weighted_data(tokenizer)
+    trainer = trainer_of(tmp_path, tokenizer, data, eval_dataset=data, precompute_ref_log_probs=True)
+    expected = trainer.evaluate()["eval_loss"]
+    assert trainer.evaluate(trainer.eval_dataset)["eval_loss"] == expected
+    assert trainer.predict(trainer.eval_dataset).metrics["test_loss"] == pytest.approx(expected, rel=1e-6)
+    with pytest.raises(ValueError, match="weighs the tokens of a response, and the columns"):
+        trainer_of(tmp_path / "other", tokenizer, trainer.train_dataset)
+
+
+def test_a_refused_collator_leaves_nothing_in_the_cache(tmp_path, tokenizer, monkeypatch):
+    """Sums without the weights are not found by the next trainer."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    weighted_data(tokenizer, 4).to_parquet(tmp_path / "pairs.parquet")
+
+    def rows(**settings):
+        data = datasets.load_dataset("parquet", data_files=str(tmp_path / "pairs.parquet"), split="train")
+        return trainer_of(tmp_path, tokenizer, data, precompute_ref_log_probs=True, **settings).train_dataset
+
+    plain = PreferenceCollator(pad_token_id=tokenizer.pad_token_id)
+    with pytest.raises(ValueError, match=r"`data_collator` \(PreferenceCollator\) leaves out 'chosen_weights'"):
+        rows(data_collator=plain)
+    expected = trainer_of(
+        tmp_path, tokenizer, weighted_data(tokenizer, 4), precompute_ref_log_probs=True
+    ).train_dataset
+    assert rows()["ref_chosen_logps"][:] == pytest.approx(expected["ref_chosen_logps"][:], rel=1e-5)
+
+
+def test_code_of_a_model_is_run_for_its_tokenizer(tmp_path, tokenizer, monkeypatch):
+    """`trust_remote_code` counts for the tokenizer that the first row is checked with."""
+    seen = []
+    monkeypatch.setattr(
+        base_module, "load_tokenizer", lambda model, given, options: (seen.append(options), tokenizer)[1]
+    )
+    with pytest.raises(ValueError, match="the first row: column 'chosen_weights' holds"):
+        data = Dataset.from_list([weighted_data(tokenizer, 1)[0] | {"chosen_weights": [1.0]}])
+        trainer_of(tmp_path, tokenizer, data, trust_remote_code=True, model_init_kwargs={"revision": "x"})
+    assert seen == [{"trust_remote_code": True, "revision": "x"}]
 
 
 def test_prompt_tuning_shifts_nothing(tmp_path, tokenizer):
@@ -728,6 +773,19 @@ class TestCommand:
     def test_bad_options(self, models, tmp_path, capsys):
         assert main(self.argv(models, tmp_path, "--scale_min", "0.5")) == 1
         assert "`scale_min=0.5` has no effect with `weight_transform='exp'`" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("mode", "scored"), [("keep_start", 128), ("keep_end", None)])
+def test_study_scores_what_is_trained(tmp_path, tokenizer, monkeypatch, mode, scored):
+    """With "keep_end" the last tokens are trained, and all are scored."""
+    inputs = write_inputs(tmp_path, tokenizer)
+    given = settings(inputs, tmp_path / "out", methods={"tis-dpo": {"truncation_mode": mode}}, sizes=[8],
+                     starts={"plain": {"model": inputs["model"]}})  # fmt: skip
+    study, found = Study(given), []
+    monkeypatch.setattr(run_module, "_with_token_weights", lambda *args: found.append(args[-1]))
+    cell = next(cell for cell in study.cells() if cell.arm is not None)
+    run_module._training_data(study, cell, cell.arm, inputs["model"], study.config(cell.arm, 8, 0, str(tmp_path)))
+    assert found == [scored]
 
 
 def test_study(tmp_path, tokenizer):

@@ -87,9 +87,32 @@ def test_cross_turn_pairs():
     assert len(cross_turn_pairs(deep_tree(4), max_product=None, max_pairs=99, max_uses=1)) <= 4
 
 
+def test_cross_turn_pairs_of_equal_actions():
+    """Actions are compared by what they say."""
+
+    def turns(*pairs):
+        return TREE | {"turns": [{"chosen": c, "rejected": r, "feedback": "no"} for c, r in pairs]}
+
+    # A wrong action that is the right one of another turn; two turns with the same right action
+    assert set(actions(cross_turn_pairs(turns(("a", "x"), ("b", "a"))))) == {("b", "x")}
+    assert actions(cross_turn_pairs(turns(("a", "x"), ("a", "x")))) == []
+    assert cross_turn_pairs(turns(("a", "x"), ("a", "y"))) == []  # both are pairs of a turn
+    rows = cross_turn_pairs(turns(("a", "x"), ("a", "y"), ("b", "z")))
+    assert sorted(actions(rows)) == [("a", "z"), ("b", "x"), ("b", "y")]
+    # The same action at five turns is one, and is used so often
+    many = turns(*[("a", f"x{i}") for i in range(5)], *[(f"b{i}", f"y{i}") for i in range(5)])
+    rows = cross_turn_pairs(many, max_product=None, max_pairs=99, max_uses=3)
+    assert [pair[0] for pair in actions(rows)].count("a") == 3
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        (
+            {"turns": ["right"]},
+            r"The tree 7, turn 0, must be a mapping with 'chosen' and 'rejected', found 'right' \(str\)",
+        ),
+        ({"turns": [None]}, r"The tree 7, turn 0, must be a mapping"),
         ({"turns": []}, "The tree 7: 'turns' must be a list of one turn or more"),
         ({"turns": [{"chosen": "a", "rejected": ""}]}, "The tree 7, turn 0, has no 'rejected'"),
         ({"turns": [{"chosen": "a", "rejected": "a"}]}, "turn 0: 'chosen' and 'rejected' are the same"),

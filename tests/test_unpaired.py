@@ -18,7 +18,7 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
-from datasets import Dataset, concatenate_datasets, load_dataset
+from datasets import Dataset, IterableDataset, concatenate_datasets, load_dataset
 from pairs import (
     difference,
     double,
@@ -49,6 +49,7 @@ from trl_ift import (
 from trl_ift.preference.collator import Column
 from trl_ift.trl_internals import DataCollatorForUnpairedPreference, LogProbFunction
 from trl_ift.unpaired import trainer as base
+from trl_ift.unpaired import ulma as ulma_module
 from trl_ift.unpaired.trainer import UnpairedBatch, UnpairedConfig, UnpairedTrainer
 from trl_ift.unpaired.uft import uft_loss
 from trl_ift.unpaired.ulma import ulma_loss
@@ -137,7 +138,11 @@ def trainer_of(name, tmp_path, tokenizer, rows=None, model=None, **settings):
     def cls(**arguments):
         return method.trainer_class(**arguments, **reference)
 
-    data = rows if isinstance(rows, Dataset) else Dataset.from_list(rows_of(name) if rows is None else rows)
+    data = (
+        rows
+        if isinstance(rows, Dataset | IterableDataset)
+        else Dataset.from_list(rows_of(name) if rows is None else rows)
+    )
     options = {"per_device_train_batch_size": 6, "overwrite_output_dir": True} | FORMULAS[name][1] | settings
     model = tiny.model("llama", tokenizer) if model is None else model
     return make(cls, method.config_class, tmp_path, model, data, tokenizer, **options)
@@ -386,6 +391,10 @@ class TestReference:
 # ---------------------------------------------------------------- data
 
 
+def stream_of(dataset):
+    return dataset.to_iterable_dataset()
+
+
 def prepared(tmp_path, tokenizer, rows, name="uft", **settings):
     """Rows as they are trained on: ids of prompt and response, label, score."""
     trainer = trainer_of(name, tmp_path, tokenizer, rows, **settings)
@@ -422,7 +431,11 @@ class TestData:
         # For ULMA only a score of 1 marks a demonstration
         _, batch = prepared(tmp_path, tokenizer, pairs, "ulma", negative_loss="continuous")
         assert batch["label"].tolist() == [True, False, False, False, False, False]
-        with pytest.raises(ValueError, match=r"`train_dataset`, row 1: A row has the score 0.7 and no `label`"):
+        message = (
+            r"`train_dataset`, row 1: A row has the score 0.7 and no `label`.* Drop 'chosen_score' and 'rejected_score', or "
+            r"choose a loss for scores \(ULMA: `negative_loss='continuous'`\)"
+        )
+        with pytest.raises(ValueError, match=message):
             prepared(tmp_path, tokenizer, pairs, "ulma")
 
     def test_label_and_score(self, tmp_path, tokenizer):
@@ -488,6 +501,99 @@ class TestData:
         messages = message_log(monkeypatch, base, "warning_once")
         trainer.evaluate(Dataset.from_list(rows_of(name)).to_iterable_dataset())
         assert len(messages) == (name == "ulma")
+
+    @pytest.mark.parametrize(
+        "kind",
+        [tiny.preference_data, tiny.implicit_preference_data, tiny.conversational_preference_data],
+    )
+    def test_streams_of_pairs(self, kind, tmp_path, tokenizer):
+        """A good and a bad row in turn, each as in a dataset in memory."""
+        pairs = kind().select(range(3)).add_column("weight", [0.5, 1.0, 2.0])
+        pairs = pairs.add_column("chosen_score", [1.0, 0.7, 0.6]).add_column("rejected_score", [0.0, 0.4, 0.3])
+        stream = trainer_of("uft", tmp_path, tokenizer, stream_of(pairs), max_steps=1)
+        rows = list(stream.train_dataset)
+        assert [row["label"] for row in rows] == [True, False] * 3
+        assert [row["weight"] for row in rows] == [0.5, 0.5, 1, 1, 2, 2]
+        assert [row["score"] for row in rows] == [1.0, 0.0, 0.7, 0.4, 0.6, 0.3]
+        known = trainer_of("uft", tmp_path, tokenizer, pairs).train_dataset
+        for column in ("prompt_ids", "completion_ids"):
+            assert [row[column] for row in rows[::2] + rows[1::2]] == list(known[column])
+        batch = next(iter(trainer_of(
+            "ulma", tmp_path, tokenizer, stream_of(tiny.preference_data()), per_device_train_batch_size=4, max_steps=1
+        ).get_train_dataloader()))  # fmt: skip
+        assert batch["label"].tolist() == [True, False, True, False]
+
+    def test_equal_pairs_are_dropped(self, tmp_path, tokenizer, monkeypatch):
+        messages = message_log(monkeypatch, base)
+        rows = tiny.preference_data().to_list()
+        rows[0]["rejected"] = rows[0]["chosen"]
+        rows[1]["rejected"] = rows[1]["chosen"] + tokenizer.eos_token  # TRL adds it to the other one
+        rows[2]["prompt"] = letters(80)
+        trainer = trainer_of("uft", tmp_path, tokenizer, Dataset.from_list(rows), max_length=64)
+        assert len(trainer.train_dataset) == 10
+        assert messages == [
+            "Dropped 6 of 16 rows of the train dataset: 4 (chosen equals rejected), 2 (the prompt fills `max_length=64`)."
+        ]
+        stream = trainer_of("uft", tmp_path, tokenizer, stream_of(Dataset.from_list(rows)), max_length=64)
+        assert len(list(stream.train_dataset)) == 10
+        messages_equal = [row | {"rejected": row["chosen"]} for row in tiny.conversational_preference_data()]
+        for data in (Dataset.from_list(messages_equal), stream_of(Dataset.from_list(messages_equal))):
+            with pytest.raises(ValueError, match="No row of the train dataset can be trained: .* of a pair are equal"):
+                trainer_of("uft", tmp_path, tokenizer, data)
+
+    def test_endless_streams_of_equal_pairs(self, tmp_path, tokenizer):
+        def rows():
+            while True:
+                yield {"prompt": "Q", "chosen": " a", "rejected": " a"}
+
+        with pytest.raises(ValueError, match="No row of the train dataset can be trained"):
+            trainer_of("uft", tmp_path, tokenizer, IterableDataset.from_generator(rows), max_steps=1)
+
+    @pytest.mark.parametrize("form", ["torch", "numpy"])
+    @pytest.mark.parametrize("kind", ["text", "messages", "pairs", "tokens"])
+    def test_formatted_data(self, kind, form, tmp_path, tokenizer):
+        scores = [1.0, 0.2, 0.7, 1.0, 0.0, 0.4, 0.6, 1.0]
+        data = {
+            "text": tiny.prompt_completion_data,
+            "messages": tiny.conversational_data,
+            "pairs": tiny.conversational_preference_data,
+            "tokens": tiny.prompt_completion_data,
+        }[kind]()
+        if kind != "pairs":
+            data = data.add_column("score", scores).add_column("is_sft", [score == 1 for score in scores])
+        data = data.add_column("weight", [1.0, 2.0] * 4)
+        trainer = trainer_of("uft", tmp_path, tokenizer, data)
+        expected = step_gradients(trainer)[0]
+        if kind == "tokens":
+            data = trainer.train_dataset.remove_columns(["prompt", "completion", "label"])
+        data = data.with_format(form)
+        trainer = trainer_of("uft", tmp_path, tokenizer, data)
+        assert step_gradients(trainer)[0] == expected
+        assert math.isfinite(trainer.evaluate(data)["eval_loss"])
+        assert math.isfinite(trainer.predict(data).metrics["test_loss"])
+
+    def test_streams_cannot_be_precomputed(self, tmp_path, tokenizer):
+        """Which is said before a model is loaded; with log-probs of their own there is nothing to compute."""
+        data, settings = Dataset.from_list(rows_of("uft")), {"precompute_ref_log_probs": True}
+        for train, other in ((stream_of(data), None), (data, stream_of(data))):
+            with pytest.raises(ValueError, match="is not supported with IterableDataset, and `.*_dataset` is one"):
+                trainer_of("uft", tmp_path, tokenizer, train, model="no such model", eval_dataset=other, **settings)
+        stored = stream_of(data.add_column("ref_logps", [-20.0] * 6))
+        trainer_of("uft", tmp_path, tokenizer, stored, **settings).train()
+
+    @pytest.mark.parametrize("change", [{"label": False}, {"score": 0.9}, {"label": True, "score": 0.5}])
+    def test_demonstrations_are_perfect(self, change, tmp_path, tokenizer):
+        demonstration = {"prompt": "Q", "completion": " a", "is_sft": True, "label": None, "score": None} | change
+        good = {"prompt": "Q", "completion": " b", "is_sft": True, "label": True, "score": 1.0}
+        with pytest.raises(
+            ValueError, match="`train_dataset`, row 1: A row is a demonstration .* Set `is_sft` to false"
+        ):
+            trainer_of("uft", tmp_path, tokenizer, Dataset.from_list([good, demonstration]))
+        later = trainer_of(
+            "uft", tmp_path, tokenizer, stream_of(Dataset.from_list([good] * 1000 + [demonstration])), max_steps=1
+        )  # fmt: skip
+        with pytest.raises(ValueError, match="A row is a demonstration"):
+            list(later.train_dataset)
 
     def test_dropped_rows(self, tmp_path, tokenizer, monkeypatch):
         messages = message_log(monkeypatch, base)
@@ -696,6 +802,10 @@ def test_metrics_are_trls(tmp_path, tokenizer):
     ("settings", "message"),
     [
         ({"loss_type": "kto"}, "`loss_type='kto'` has no effect on this method's loss"),
+        (
+            {"train_sampling_strategy": "group_by_length"},
+            "`train_sampling_strategy='group_by_length'` is not known. Choose one of: 'random', 'sequential'",
+        ),
         ({"beta": 0.0}, r"`beta=0.0` is out of range: it must lie in \(0, inf\)"),
         ({"desirable_weight": -1.0}, "`desirable_weight=-1.0` is out of range"),
         ({"desirable_weight": 0.0, "undesirable_weight": 0.0}, "are both 0: nothing would be trained"),
@@ -814,6 +924,40 @@ class TestULMA:
         (loss, found), (expected, theirs) = loss_and_gradients(trainer), loss_and_gradients(bco)
         assert loss == pytest.approx(expected, rel=1e-5)  # class means of one row each
         assert difference(found, theirs) < 1e-5
+
+    def test_direction_of_the_continuous_loss(self):
+        """A score above log Z pushes the answer up at the start, one below it down."""
+        scores = tensor([0.0, 0.2, 0.8, 1.0], dtype=torch.float64)
+        bad = torch.zeros(4, dtype=torch.bool)
+        for log_z, signs in ((0.0, [0, -1, -1, -1]), (0.5, [1, 1, -1, -1])):
+            logps = LOGPS.clone().requires_grad_()
+            losses = ulma_loss(logps, LOGPS, bad, scores, 0.1, "nll", "continuous", log_z)
+            (found,) = torch.autograd.grad(losses.sum(), logps)
+            assert found.sign().tolist() == signs
+
+    @pytest.mark.parametrize("kind", ["labels", "null scores", "pairs"])
+    def test_continuous_needs_scores(self, kind, tmp_path, tokenizer):
+        rows = rows_of("ulma")
+        if kind == "null scores":
+            rows = [row | {"score": None if i == 4 else 0.5} for i, row in enumerate(rows)]
+        data = tiny.preference_data() if kind == "pairs" else Dataset.from_list(rows)
+        for dataset in (data, stream_of(data)):
+            with pytest.raises(ValueError, match="A bad answer has no score, which the loss would take for 0"):
+                trainer = trainer_of("ulma", tmp_path, tokenizer, dataset, negative_loss="continuous")
+                list(trainer.train_dataset)  # of a stream, a row that is not the first
+        # Good answers need none
+        rows = [row | {"score": None if row["label"] else 0.5} for row in rows]
+        loss, _ = loss_and_gradients(trainer_of("ulma", tmp_path, tokenizer, rows, negative_loss="continuous"))
+        assert math.isfinite(loss)
+
+    def test_no_good_answer_is_said(self, tmp_path, tokenizer, monkeypatch):
+        messages = message_log(monkeypatch, ulma_module)
+        pairs = tiny.preference_data().add_column("chosen_score", [0.9] * 8).add_column("rejected_score", [0.1] * 8)
+        trainer_of("ulma", tmp_path, tokenizer, pairs, negative_loss="continuous")
+        assert messages[0].startswith("No row of the train dataset has the label true")
+        trainer_of("ulma", tmp_path, tokenizer, eval_dataset=Dataset.from_list(rows_of("ulma")[1:2]))
+        assert messages[1].startswith("No row of the eval dataset has the label true")
+        assert len(messages) == 2
 
     def test_at_the_start(self):
         close(ulma_loss(LOGPS, LOGPS, GOOD, GOOD.double(), 0.1, "pointwise_dpo"), [math.log(2)] * 4)

@@ -48,7 +48,7 @@ class Method:
 
 
 # Order of the README's table
-_KINDS = ("sft", "self-play", "pairs", "weighted", "samples", "triples", "lists", "unpaired", "reward")
+_KINDS = ("sft", "self-play", "pairs", "weighted", "degraded", "samples", "triples", "lists", "unpaired", "reward")
 
 # fmt: off
 METHODS = (
@@ -65,7 +65,7 @@ METHODS = (
     Method("tis-dpo", "Token-level Importance Sampling DPO", "trl_ift.preference.tis_dpo", "TISDPOTrainer", "TISDPOConfig", "preference, and weights of tokens", "2410.04350", "DPO with a weight for each token, estimated from a positive and a negative model", "weighted", symptom="long responses that mix good and bad parts"),  # noqa: E501
     Method("relative-po", "Relative Preference Optimization", "trl_ift.preference.relative_po", "RelativePOTrainer", "RelativePOConfig", "preference, and prompt embeddings", "2402.10958", "DPO that compares the responses of related prompts too", symptom="few pairs, whose prompts are alike"),  # noqa: E501
     Method("mrpo", "Multi-Reference Preference Optimization", "trl_ift.preference.mrpo", "MRPOTrainer", "MRPOConfig", "preference, and other models to compare with", "2405.16388", "DPO against several references, whose log-probs are stored before training", symptom="few pairs, and stronger or other models at hand whose knowledge shall count"),  # noqa: E501
-    Method("self-supervised-po", "Self-supervised Preference Optimization (SPO-style)", "trl_ift.preference.self_supervised_po", "SelfSupervisedPOTrainer", "SelfSupervisedPOConfig", "preference", "2409.17791", "TRL's DPO losses with an auxiliary task: the policy tells how much key content was removed from a response", symptom="pairs differ in degree, and the loss only sees better and worse"),  # noqa: E501
+    Method("self-supervised-po", "Self-supervised Preference Optimization (SPO-style)", "trl_ift.preference.self_supervised_po", "SelfSupervisedPOTrainer", "SelfSupervisedPOConfig", "preference", "2409.17791", "TRL's DPO losses with an auxiliary task: the policy tells how much key content was removed from a response", "degraded", symptom="pairs differ in degree, and the loss only sees better and worse"),  # noqa: E501
     Method("figa", "Fine-grained Quality Signals (FIGA)", "trl_ift.preference.figa", "FIGATrainer", "FIGAConfig", "preference: the revised answer over the initial one", "2311.04072", "learning from minimal edits: tokens put in are imitated, tokens taken out are pushed down; no reference model", symptom="answers of the model and small corrections of them"),  # noqa: E501
     Method("fpo", "Feature-level Preference Optimization", "trl_ift.preference.fpo", "FPOTrainer", "FPOConfig", "preference, and a sparse autoencoder of the model", "2411.07618", "DPO held near the reference in the features of a sparse autoencoder", symptom="a sparse autoencoder of the model is at hand, and DPO makes answers alike"),  # noqa: E501
     Method("mpo", "Maximum Preference Optimization", "trl_ift.preference.mpo", "MPOTrainer", "MPOConfig", "preference, and samples of the starting model", "2312.16430", "bounded preference loss with a KL term that acts outside the pairs; no reference model", "samples", symptom="the model drifts on prompts outside the pairs; no memory for a reference"),  # noqa: E501

@@ -174,15 +174,15 @@ def count_counterfactual_pairs(
     dropped: Counter[str] = Counter()
     if named := (len(dataset) - len(rows)) * num_pairs_per_prompt:
         dropped["with the instruction in the prompt"] = named
-    plain = dataset.select(rows)
     prompt_side, *answer_sides = VARIANTS[variant]
     prompts, answers = {}, {}
     for side in sorted({prompt_side, *answer_sides}):
         text, name = styles.get(side, ""), side
-        prompts[side] = plain
+        # Other styles of the same prompts get other folders. They share the plain answers, which are those to all prompts
+        prompts[side] = dataset if side == "control" else dataset.select(rows)
         if text:
-            prompts[side] = plain.map(versioned(_add_style), fn_kwargs={"style": text, "position": position})
-        if side != "control":  # other styles of the same prompts get other folders, and share the plain answers
+            prompts[side] = prompts[side].map(versioned(_add_style), fn_kwargs={"style": text, "position": position})
+        if side != "control":
             name += "-" + hashlib.sha256(json.dumps([text, position]).encode()).hexdigest()[:8]
         if rows and side in answer_sides:
             answers[side] = _by_prompt(generate(prompts[side], name, num_pairs_per_prompt), name)
@@ -198,7 +198,8 @@ def count_counterfactual_pairs(
     label = style if style is not None else " / ".join(styles.values())
     found = []
     for number, index in enumerate(rows):
-        both = [[(answer, side) for answer in answers[side].get(number, [])] for side in answer_sides]
+        place = {side: index if side == "control" else number for side in prompts}
+        both = [[(answer, side) for answer in answers[side].get(place[side], [])] for side in answer_sides]
         both = [answers[:num_pairs_per_prompt] for answers in both]
         if missing := num_pairs_per_prompt - min(map(len, both)):
             dropped["without an answer"] += missing
@@ -206,7 +207,7 @@ def count_counterfactual_pairs(
             if reason := why_dropped(chosen, rejected):
                 dropped[reason] += 1
                 continue
-            row = prompts[prompt_side][number]
+            row = prompts[prompt_side][place[prompt_side]]
             texts = {"chosen": chosen[0]["completion"], "rejected": rejected[0]["completion"]}
             found.append({**row, **texts, "style": label, "variant": variant, "prompt_index": index})
     counts = {
@@ -283,6 +284,11 @@ def _plain_prompts(dataset: Dataset, position: str | None) -> tuple[Dataset, str
             raise TypeError(
                 f"`dataset`, row {index}: the prompts must all be strings, or all be lists of {{'role', 'content'}} messages, "
                 f"and not empty; this one is {prompt!r:.80}. Mend or drop the row."
+            )
+        if not texts and any(not isinstance(message.get("content") or "", str) for message in prompt):
+            raise TypeError(
+                f"`dataset`, row {index}: a message has a content of parts, found {prompt!r:.80}. An instruction is written "
+                "into texts: make the contents strings."
             )
         if not texts and position != "system" and not any(message["role"] == "user" for message in prompt):
             raise ValueError(

@@ -22,7 +22,7 @@ from ..checks import check_preference_dataset, check_range
 from ..hub.card import library_versions
 from ..preference.trainer import pair_ids
 from ..trl_internals import global_then_local_main_first, share_cache_folder
-from .caching import versioned
+from .caching import source_digest, versioned
 from .fingerprint import base_model, model_fingerprint
 from .inference import (
     check_model,
@@ -182,6 +182,7 @@ class _Reference:
         kind = (self.device or torch.accelerator.current_accelerator() or torch.device("cpu")).type
         kwargs = sorted((name, str(value)) for name, value in self.init_kwargs.items())
         known = [self._identity(config), tokenizer_digest(self.tokenizer), eos_token, kwargs, kind, library_versions()]
+        known.append(source_digest(_tokenize_row, pair_ids, sequence_log_probs))
         fingerprint = [Hasher.hash((dataset._fingerprint, known))]
         broadcast_object_list(fingerprint, from_process=0)  # the processes' datasets may have different ones
         cache = dataset._get_cache_file_path(fingerprint[0])
@@ -234,7 +235,7 @@ class _Reference:
         """The sequences of chosen and rejected, as token ids, and where the responses start."""
         with global_then_local_main_first():
             tokenized = dataset.with_format(None).map(
-                versioned(_tokenize_row),
+                versioned(_tokenize_row, pair_ids),
                 fn_kwargs={"tokenizer": self.tokenizer, "eos_token": eos_token},
                 remove_columns=dataset.column_names,
                 desc=f"Tokenizing for {_label(self.model)}",

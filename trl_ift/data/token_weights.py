@@ -195,8 +195,8 @@ def estimate_token_weights(
         normalize_weights (`bool`, *optional*, defaults to `False`):
             Whether the weights of a response are divided by their mean (our extension): their mean scales beta.
         max_length (`int`, *optional*):
-            Tokens of prompt and response that are scored: the `max_length` of the training, which cuts the others off. These
-            have the weight 1. All by default.
+            Tokens of prompt and response that are scored, the first ones: the `max_length` of a training that cuts the others
+            off. These have the weight 1. All by default, as a training with `truncation_mode="keep_end"` needs it.
         batch_tokens (`int`, *optional*, defaults to `8192`):
             Most tokens of a batch, padding included; bounds the memory.
         shard_size (`int`, *optional*, defaults to `1000`):
@@ -237,7 +237,8 @@ def estimate_token_weights(
     fn_kwargs = {"tokenizer": tokenizer, "prompts": prompts, "max_length": max_length}
     _check_first_row(dataset, fn_kwargs)
     plain = dataset.with_format(None)
-    rows = plain.map(versioned(_tokenize), fn_kwargs=fn_kwargs, remove_columns=plain.column_names, desc="Tokenizing")
+    options_of_map = {"fn_kwargs": fn_kwargs, "remove_columns": plain.column_names, "desc": "Tokenizing"}
+    rows = plain.map(versioned(_tokenize, pair_ids), **options_of_map)
     for model, _ in sources.values():
         _check_context(model, rows, init_kwargs)
 

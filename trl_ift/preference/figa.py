@@ -242,20 +242,20 @@ class FIGATrainer(PreferenceTrainer):
                 f"`{name}` has the column '{found[0]}' but not the other one: tokens are marked by both '{GOOD.name}' and "
                 f"'{BAD.name}'. Add it, or drop this one to have the tokens marked by the edits."
             )
-        if found and "prompt_ids" not in row:  # what was prepared has ids
+        if found and not self._is_own(dataset):  # whose tokens were marked here
             check_unused(args, ["align"], f"on `{name}`, which has the columns '{GOOD.name}' and '{BAD.name}'")
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
         prepared = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
         if GOOD.name in next(iter(prepared)):
-            return prepared
+            return self._own(prepared)
         named = isinstance(prepared, Dataset)
         options = (
             {"num_proc": args.dataset_num_proc, "desc": f"Marking edits in {dataset_name} dataset"} if named else {}
         )
         with global_then_local_main_first():
             fn_kwargs = {"align": args.align, "eos_id": self._tokenizer.eos_token_id}
-            return prepared.map(versioned(_mark_edits), fn_kwargs=fn_kwargs, **options)
+            return self._own(prepared.map(versioned(_mark_edits), fn_kwargs=fn_kwargs, **options))
 
     def pair_loss(self, batch: PreferenceBatch) -> None:
         return None  # a mean over tokens: below

@@ -70,27 +70,33 @@ def check_lists(dataset: Any, name: str, size: int | None = None, preferences: b
         rows = dataset.with_format(None).select_columns(["prompt", "completions", "rewards"])
     text = isinstance(first["prompt"], str)
     for index, row in enumerate(rows):
-        where = f"`{name}`, row {index}"
-        prompt, completions, rewards = row["prompt"], row["completions"], row["rewards"]
-        kind = str if text else list
-        if not isinstance(completions, list) or not all(isinstance(value, kind) for value in [prompt, *completions]):
-            raise TypeError(
-                f"{where}: 'completions' must be a list of {'strings' if text else 'lists of messages'}, as 'prompt' is, "
-                f"found prompt {prompt!r}, completions {completions!r}."
-            )
-        REWARDS.check(rewards, where)
-        if len(completions) != len(rewards) or len(completions) < 2:
-            raise ValueError(
-                f"{where} has {len(completions)} completions and {len(rewards)} rewards, expected as many, two or more. "
-                "Correct or drop the row."
-            )
-        if size is not None and len(completions) % size:
-            raise ValueError(
-                f"{where} has {len(completions)} completions, which do not divide into groups of {size}. Change the size of "
-                "the groups, or drop completions."
-            )
-        if preferences:
-            _check_preferences(rewards, size or len(rewards), where)
+        _check_row(
+            row["prompt"], row["completions"], row["rewards"], f"`{name}`, row {index}", text, size, preferences
+        )
+
+
+def _check_row(
+    prompt: Any, completions: Any, rewards: Any, where: str, text: bool, size: int | None, preferences: bool
+) -> None:
+    kind = str if text else list
+    if not isinstance(completions, list) or not all(isinstance(value, kind) for value in [prompt, *completions]):
+        raise TypeError(
+            f"{where}: 'completions' must be a list of {'strings' if text else 'lists of messages'}, as 'prompt' is, "
+            f"found prompt {prompt!r}, completions {completions!r}."
+        )
+    REWARDS.check(rewards, where)
+    if len(completions) != len(rewards) or len(completions) < 2:
+        raise ValueError(
+            f"{where} has {len(completions)} completions and {len(rewards)} rewards, expected as many, two or more. "
+            "Correct or drop the row."
+        )
+    if size is not None and len(completions) % size:
+        raise ValueError(
+            f"{where} has {len(completions)} completions, which do not divide into groups of {size}. Change the size of "
+            "the groups, or drop completions."
+        )
+    if preferences:
+        _check_preferences(rewards, size or len(rewards), where)
 
 
 def _check_preferences(rewards: list[float], size: int, where: str) -> None:
@@ -107,15 +113,19 @@ def _check_preferences(rewards: list[float], size: int, where: str) -> None:
             )
 
 
-def as_groups(batch: dict[str, list[Any]], size: int | None) -> dict[str, list[Any]]:
+def as_groups(batch: dict[str, list[Any]], size: int | None, preferences: bool = False) -> dict[str, list[Any]]:
     """Split rows of lists into groups of `size` responses in their order (`None`: one a row), each a pair and `others`.
 
     chosen is the first response of the highest reward; rejected the last one of the lowest, by preference one that differs
-    from chosen. `rewards` are put in the order chosen, rejected, others.
+    from chosen. `rewards` are put in the order chosen, rejected, others. Rows are checked as by `check_lists`, which sees the
+    first one of a stream alone.
     """
     rest = [name for name in batch if name not in ("completions", "rewards")]
     result: dict[str, list[Any]] = {name: [] for name in (*rest, "chosen", "rejected", "others", "rewards")}
     for index, (completions, rewards) in enumerate(zip(batch["completions"], batch["rewards"], strict=True)):
+        prompt = batch["prompt"][index]
+        where = f"The row with the prompt {prompt!r:.80}"
+        _check_row(prompt, completions, rewards, where, isinstance(batch["prompt"][0], str), size, preferences)
         step = size or len(completions)
         for start in range(0, len(completions), step):
             members = range(start, start + step)
@@ -199,7 +209,8 @@ class ListTrainer(PreferenceTrainer):
 
     def _grouped(self, dataset: Any) -> Any:
         names = list(next(iter(dataset)))
-        options = {"batched": True, "remove_columns": names, "fn_kwargs": {"size": self.group_size}}
+        arguments = {"size": self.group_size, "preferences": self.preferences_only}
+        options = {"batched": True, "remove_columns": names, "fn_kwargs": arguments}
         return dataset.map(versioned(as_groups), **options)
 
     def _check_dataset(self, args: Any, dataset: Any, name: str, stored: bool) -> None:
@@ -225,7 +236,8 @@ class ListTrainer(PreferenceTrainer):
             )
         if "rewards" not in row:
             return
-        for index, rewards in enumerate(dataset.with_format(None)["rewards"]) if isinstance(dataset, Dataset) else ():
+        values = dataset.with_format(None)["rewards"] if isinstance(dataset, Dataset) else [row["rewards"]]
+        for index, rewards in enumerate(values):
             REWARDS.check(rewards, f"`{name}`, row {index}")
             if len(rewards) != 2:
                 raise ValueError(
@@ -244,7 +256,7 @@ class ListTrainer(PreferenceTrainer):
             return super()._tokenize_branch(dataset, branch, implicit_prompt, processing_class, args)
         options = {"num_proc": args.dataset_num_proc} if isinstance(dataset, Dataset) else {}
         arguments = {"processing_class": processing_class, "eos_token": self._tokenizer.eos_token}
-        return dataset.map(versioned(_tokenize_others), fn_kwargs=arguments, **options)
+        return dataset.map(versioned(_tokenize_others, prompt_and_response_ids), fn_kwargs=arguments, **options)
 
     # ---------------------------------------------------------------- reference
 
@@ -277,9 +289,8 @@ class ListTrainer(PreferenceTrainer):
         for count in counts[:-1]:
             starts.append(starts[-1] + count)
         with global_then_local_main_first():
-            return dataset.map(
-                versioned(_with_ref_logps), with_indices=True, fn_kwargs={"starts": starts, "values": values}
-            )
+            arguments = {"starts": starts, "values": values}
+            return self._own(dataset.map(versioned(_with_ref_logps), with_indices=True, fn_kwargs=arguments))
 
     # ---------------------------------------------------------------- loss
 

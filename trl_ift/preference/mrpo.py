@@ -39,6 +39,7 @@ from transformers.utils import logging
 
 from ..checks import check_choice, check_range, check_unused
 from ..data.caching import versioned
+from ..data.fingerprint import base_model
 from ..data.references import check_references, reference_columns, score_references
 from ..hub.paper import arxiv_paper
 from .collator import Column
@@ -274,6 +275,18 @@ class MRPOTrainer(PreferenceTrainer):
 
     # ---------------------------------------------------------------- the stored references
 
+    def _check_source(self, args, model, processing_class, quantization_config) -> None:  # type: ignore[override]
+        super()._check_source(args, model, processing_class, quantization_config)
+        self._loaded: dict[str, Any] = {}
+        if not isinstance(model, str):  # a model in memory was not loaded from `model_init_kwargs`
+            base = base_model(model)
+            self._loaded = {"dtype": base.dtype, "attn_implementation": base.config._attn_implementation}
+
+    def _init_kwargs(self, args: MRPOConfig) -> dict[str, Any]:
+        """How the references are loaded: as the policy, but for what is a matter of that one alone."""
+        found = {"trust_remote_code": args.trust_remote_code, **self._loaded, **(args.model_init_kwargs or {})}
+        return {name: found[name] for name in ("dtype", "attn_implementation", "trust_remote_code") if found.get(name)}
+
     def _check_datasets(self, args: MRPOConfig, train_dataset: Any, eval_dataset: Any) -> bool:
         datasets = eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset}
         known = [data for data in (train_dataset, *datasets.values()) if isinstance(data, Dataset | IterableDataset)]
@@ -305,7 +318,7 @@ class MRPOTrainer(PreferenceTrainer):
                 f"{self._number}. Score it with the same models."
             )
         if args.ref_models is not None and not found:
-            check_references(dataset, name, args.ref_models, init_kwargs=_init_kwargs(args))
+            check_references(dataset, name, args.ref_models, init_kwargs=self._init_kwargs(args))
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
         if not _number_stored(next(iter(dataset))):
@@ -313,7 +326,7 @@ class MRPOTrainer(PreferenceTrainer):
                 dataset,
                 args.ref_models,
                 eos_token=self._tokenizer.eos_token,
-                model_init_kwargs=_init_kwargs(args),
+                model_init_kwargs=self._init_kwargs(args),
                 device=args.device,
             )
         prepared = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
@@ -374,12 +387,6 @@ def _number_stored(row: dict[str, Any]) -> int:
     """Number of references whose log-probabilities a row holds."""
     matches = (re.fullmatch(r"ref([1-9]\d*)_(chosen|rejected)_logps", name) for name in row)
     return max((int(found[1]) for found in matches if found), default=0)
-
-
-def _init_kwargs(args: Any) -> dict[str, Any]:
-    """How the references are loaded: as the policy, but for what is a matter of that one alone."""
-    found = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
-    return {name: found[name] for name in ("dtype", "attn_implementation", "trust_remote_code") if found.get(name)}
 
 
 def _is_whole(row: dict[str, Any], max_length: int, with_prompt: bool) -> bool:

@@ -180,17 +180,26 @@ def _cut(text: str, spans: list[Span], words: list[str] | None, draw: random.Ran
     return whole + text[start:]
 
 
+def _text_of(response: Any, side: str, eos_token: str = "") -> str:
+    """The text of a response, or of its last message, from which key content is removed."""
+    if isinstance(response, str):
+        return response.removesuffix(eos_token)
+    content = response[-1].get("content") or ""
+    if not isinstance(content, str):
+        raise TypeError(
+            f"A message of '{side}' has the content {content!r:.80}, a {type(content).__name__} of parts, and key content is "
+            "removed from texts. Make the contents strings, or set `spo_gamma_chosen=0` and `spo_gamma_rejected=0`."
+        )
+    return content
+
+
 def _degrade(
     row: dict[str, Any], side: str, tokenizer: Any, eos_token: str, only: int | None, **options: Any
 ) -> dict[str, Any]:
     """The response of a row at each level, tokenized; at one level that is drawn from the seed `only`, if it is given."""
     extract = options.pop("extract")
-    response = row[side]
-    if isinstance(response, str):
-        text = response.removesuffix(eos_token)
-    else:
-        text = str(response[-1].get("content") or "")
-    rows = []
+    response, rows = row[side], []
+    text = _text_of(response, side, eos_token)
     for level, degraded in enumerate(degraded_texts(text, extract(text), **options)):
         as_given = degraded if isinstance(response, str) else [*response[:-1], response[-1] | {"content": degraded}]
         prompt_ids, ids = prompt_and_response_ids(row, as_given, tokenizer, eos_token)
@@ -208,7 +217,19 @@ class DegreeCollator(PreferenceCollator):
     """
 
     seed: int = 0
-    epoch: int = 0
+
+    def __post_init__(self):
+        # In shared memory, so that workers that outlive an epoch see the next one
+        self._epoch = torch.zeros(1, dtype=torch.long).share_memory_()
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that the levels are drawn for."""
+        return int(self._epoch)
+
+    @epoch.setter
+    def epoch(self, value: int) -> None:
+        self._epoch.fill_(value)
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         drawn = [dict(example) for example in examples]
@@ -362,6 +383,15 @@ class SelfSupervisedPOTrainer(PreferenceTrainer):
                 f"`{name}` has token ids and no texts, whose content could be removed. Add the columns 'prompt', 'chosen' and "
                 "'rejected', or set `spo_gamma_chosen=0` and `spo_gamma_rejected=0`."
             )
+        for branch in self.branches:
+            side = branch.name.removeprefix("degraded_")
+            if branch.rows_column in row and not self._is_own(dataset):
+                raise ValueError(
+                    f"`{name}` has the column '{branch.rows_column}', made by another trainer, with levels and key phrases of "
+                    "its own. Drop the column: this trainer makes it."
+                )
+            if row[side]:
+                _text_of(row[side], side)
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
         dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
@@ -381,13 +411,14 @@ class SelfSupervisedPOTrainer(PreferenceTrainer):
             if dataset.features is not None:  # of rows without key phrases they would not be known
                 features = {"features": Features({**dataset.features, branch.rows_column: _ROWS})}
             with global_then_local_main_first():
-                dataset = dataset.map(versioned(_degrade), fn_kwargs=options, **features)
+                code = versioned(_degrade, prompt_and_response_ids, self.key_phrases)
+                dataset = dataset.map(code, fn_kwargs=options, **features)
             if isinstance(dataset, Dataset) and dataset_name == "train" and not any(dataset[branch.rows_column]):
                 raise ValueError(
                     f"No {options['side']} response has {args.spo_levels - 1} key phrases, so that the auxiliary loss would "
                     "have no rows. Lower `spo_levels`, or derive a trainer with `key_phrases` for the language of the data."
                 )
-        return dataset
+        return self._own(dataset)
 
     # ---------------------------------------------------------------- the head
 

@@ -20,6 +20,7 @@ https://huggingface.co/papers/2305.18290.
 
 import copy
 import json
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -355,6 +356,7 @@ class PreferenceTrainer(ExtensionTrainer, DPOTrainer):
         peft_config: PeftConfig | None = None,
     ):
         args = self._own_config(args, model)
+        self._own_datasets: weakref.WeakSet[Any] = weakref.WeakSet()
         self._declare(args)
         name = type(self).__name__
         self._check_source(args, model, processing_class, quantization_config)
@@ -505,6 +507,13 @@ class PreferenceTrainer(ExtensionTrainer, DPOTrainer):
                 f"`{name}` lacks the columns {REF_COLUMNS} that `train_dataset` has. Add them, or drop them there so that the "
                 "trainer computes them."
             )
+        if WEIGHT.name in row and any(loss.startswith("aot") for loss in args.loss_type):
+            raise ValueError(
+                "The losses 'aot' and 'aot_unpaired' sort the log-ratios of a batch, so that pairs have no losses of their "
+                "own: they cannot be combined with the column 'weight'. Drop one of the two."
+            )
+        if self._is_own(dataset):
+            return
         if REF_COLUMNS[0] in row and self.uses_reference and args.ld_alpha is not None:
             raise ValueError(
                 f"`ld_alpha` weighs the tokens of a response, and the columns {REF_COLUMNS} of `{name}` are sums over all of "
@@ -515,11 +524,21 @@ class PreferenceTrainer(ExtensionTrainer, DPOTrainer):
                 f"{type(self).__name__} weighs the tokens of a response, and the columns {REF_COLUMNS} of `{name}` are sums "
                 "over all of them alike. Drop them; `precompute_ref_log_probs=True` stores weighted ones."
             )
-        if WEIGHT.name in row and any(loss.startswith("aot") for loss in args.loss_type):
+        if REF_COLUMNS[0] in row and self.uses_reference and self.logit_temperature != 1:
             raise ValueError(
-                "The losses 'aot' and 'aot_unpaired' sort the log-ratios of a batch, so that pairs have no losses of their "
-                "own: they cannot be combined with the column 'weight'. Drop one of the two."
+                f"The columns {REF_COLUMNS} of `{name}` are log-probabilities at the temperature 1, and the policy's logits "
+                f"are divided by {self.logit_temperature:g}. Drop them; `precompute_ref_log_probs=True` stores those at "
+                "its temperature."
             )
+
+    def _own(self, dataset: Any) -> Any:
+        """Note that this trainer has made a dataset; return it."""
+        self._own_datasets.add(dataset)
+        return dataset
+
+    def _is_own(self, dataset: Any) -> bool:
+        """Whether this trainer has made a dataset: what `_own` was told of, such as `trainer.eval_dataset`."""
+        return dataset in self._own_datasets
 
     def _check_first_tokens(self, args: Any, model: Any, processing_class: Any, *datasets: Any) -> None:
         """Raise, before a model is loaded, if a first row has numbers of other tokens than the tokenizer makes."""
@@ -527,7 +546,8 @@ class PreferenceTrainer(ExtensionTrainer, DPOTrainer):
         for row in [next(iter(part)) for part in parts if part is not None and self._token_columns]:
             columns = [column for column in self._token_columns if column.name in row]
             if columns and "prompt_ids" not in row:
-                tokenizer = load_tokenizer(model, processing_class, args.model_init_kwargs or {})
+                options = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
+                tokenizer = load_tokenizer(model, processing_class, options)
                 row = row | pair_ids(row, tokenizer, tokenizer.eos_token)
             for column in columns:
                 column.check_length(len(row[column.name]), len(row[f"{column.response}_ids"]), "the first row")
@@ -607,6 +627,8 @@ class PreferenceTrainer(ExtensionTrainer, DPOTrainer):
             )
         if self.token_weights is not None:
             self._replace_collator()  # within TRL's constructor: TRL's collator leaves the weights out
+            if not self._has_default_collator:
+                self._check_collator()  # before sums without the weights are cached
         saved, training = self._precompute_model_hash, self.model.training
         # All that the values depend on beside the weights and the data
         device = self.args.device.type
@@ -618,7 +640,7 @@ class PreferenceTrainer(ExtensionTrainer, DPOTrainer):
         if self.accelerator.num_processes > 1 and isinstance(dataset, Dataset):
             share_cache_folder(dataset)
         try:
-            return super()._precompute_ref_logps(dataset, name, batch_size)
+            return self._own(super()._precompute_ref_logps(dataset, name, batch_size))
         finally:
             self._precompute_model_hash = saved
             self.model.train(training)

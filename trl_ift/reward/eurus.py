@@ -40,6 +40,7 @@ from ..hub.paper import arxiv_paper
 from ..preference.collator import Column, Flag
 from ..preference.trainer import is_blank
 from ..trl_internals import DataCollatorForReward, global_then_local_main_first, keep_4bit_trainable_on_cpu
+from ..unpaired.trainer import responses_differ
 
 
 logger = logging.get_logger(__name__)
@@ -222,24 +223,25 @@ class EurusRewardTrainer(ExtensionTrainer, RewardTrainer):
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
         # An endless stream of untrainable rows must not hang the check
         probe = dataset.with_format(None) if isinstance(dataset, Dataset) else dataset.take(1000)
-        prepared, kept = self._prepare_rows(probe, processing_class, args, dataset_name)
-        if next(iter(kept), None) is None:
+        usable, prepared = self._usable(probe, processing_class), ()
+        if next(iter(usable), None) is not None:
+            prepared = super()._prepare_dataset(usable, processing_class, args, dataset_name)
+        if next(iter(prepared), None) is None:
             raise ValueError(
                 f"No row of the {dataset_name} dataset fits `max_length={args.max_length}`, prompt and response together, with "
                 "responses that differ and are not empty. Check the columns, raise `max_length`, or set it to None."
             )
         if not isinstance(dataset, Dataset):
-            return self._prepare_rows(dataset, processing_class, args, dataset_name)[1]
-        _report_dropped(probe, prepared, kept, dataset_name, args, processing_class.eos_token)
-        return kept
+            usable = self._usable(dataset, processing_class)
+            return super()._prepare_dataset(usable, processing_class, args, dataset_name)
+        _report_dropped(probe, usable, prepared, dataset_name, args, processing_class.eos_token)
+        return prepared
 
-    def _prepare_rows(self, dataset, processing_class, args, dataset_name):
-        """Return the tokenized dataset, and the same without the pairs that cannot be trained."""
-        prepared = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+    @staticmethod
+    def _usable(dataset, processing_class):
+        """The dataset without the pairs that say nothing. (TRL puts the prompt before the responses.)"""
         with global_then_local_main_first():
-            return prepared, prepared.filter(
-                versioned(_trainable), fn_kwargs={"eos_token": processing_class.eos_token}
-            )
+            return dataset.filter(versioned(_trainable), fn_kwargs={"eos_token": processing_class.eos_token})
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
@@ -346,14 +348,17 @@ def _check_trained_head(model: torch.nn.Module) -> None:
 
 
 def _why_dropped(row: dict[str, Any], eos_token: str) -> str | None:
-    """Reason why a prepared pair cannot be trained, or `None`."""
-    if row["chosen_ids"] == row["rejected_ids"]:
+    """Reason why a pair cannot be trained, or `None`."""
+    if "chosen_ids" in row and "rejected_ids" in row:
+        if not row["chosen_ids"] or not row["rejected_ids"]:
+            return "chosen or rejected has no tokens"
+        return "chosen equals rejected" if row["chosen_ids"] == row["rejected_ids"] else None
+    if not responses_differ(row, eos_token):
         return "chosen equals rejected"
-    if not row["chosen_ids"] or not row["rejected_ids"]:
-        return "chosen or rejected has no tokens"
-    if "chosen" in row and is_blank(row["chosen"], eos_token):
-        return "chosen is empty"
-    return None
+    chosen = row["chosen"]
+    if "prompt" not in row and not isinstance(chosen, str):
+        chosen = chosen[-1:]  # what stands before it may be the prompt
+    return "chosen is empty" if is_blank(chosen, eos_token) else None
 
 
 def _trainable(row: dict[str, Any], **options: Any) -> bool:
@@ -361,14 +366,14 @@ def _trainable(row: dict[str, Any], **options: Any) -> bool:
 
 
 def _report_dropped(
-    raw: Dataset, prepared: Dataset, kept: Dataset, name: str, args: EurusRewardConfig, eos_token: str
+    raw: Dataset, usable: Dataset, prepared: Dataset, name: str, args: EurusRewardConfig, eos_token: str
 ) -> None:
     reasons: dict[str, int] = {}
-    if len(raw) > len(prepared):
-        reason = f"a response is longer than `max_length={args.max_length}` with its prompt"
-        reasons[reason] = len(raw) - len(prepared)
-    if len(kept) < len(prepared):
-        for row in prepared:
+    if len(usable) > len(prepared):
+        too_long = f"a response is longer than `max_length={args.max_length}` with its prompt"
+        reasons[too_long] = len(usable) - len(prepared)
+    if len(usable) < len(raw):
+        for row in raw:
             if reason := _why_dropped(row, eos_token):
                 reasons[reason] = reasons.get(reason, 0) + 1
     if reasons:

@@ -8,6 +8,7 @@ A study has preference pairs (and, for some methods, a gold answer to each promp
     unpaired    each pair as one desirable and one undesirable row, in the order of `unpaired_rows`
     triples     the pairs and the gold answer
     weighted    the pairs, with weights of their tokens that the starting model gives under two prompts
+    degraded    the pairs; a degraded version of each answer is trained beside it
     lists       each pair as a list of two completions, with the rewards 1 and 0
     samples     the pairs, and answers that the starting model samples
     self-play   the chosen answer, against one that the starting model samples (one iteration)
@@ -36,6 +37,7 @@ SEQUENCES = {
     "self-play": 2,
     "lists": 2,
     "weighted": 2,
+    "degraded": 4,
 }
 
 Row = dict[str, Any]

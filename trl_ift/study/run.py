@@ -379,24 +379,25 @@ def rows_seen(trainer: Any) -> int:
 def count_tokens(trainer: Any) -> int:
     """Tokens that a trainer has trained on: those of the rows' sequences, prompts included, as far as `max_length`."""
     rows, limit = trainer.train_dataset, getattr(trainer.args, "max_length", None)
-    total = sum(min(length, limit or length) for row in rows for length in _lengths(row))
+    total = sum(share * min(length, limit or length) for row in rows for share, length in _lengths(row))
     return round(total / max(len(rows), 1) * rows_seen(trainer))
 
 
-def _lengths(row: dict[str, Any]) -> Iterator[int]:
-    """Lengths of the sequences of a row."""
+def _lengths(row: dict[str, Any]) -> Iterator[tuple[float, int]]:
+    """Lengths of the sequences of a row, each with the share of the epochs that it is trained in."""
     if "chosen_input_ids" in row:  # CPO, ORPO: prompt and answer
-        yield from (len(row["chosen_input_ids"]), len(row["rejected_input_ids"]))
+        yield from ((1, len(row[name])) for name in ("chosen_input_ids", "rejected_input_ids"))
     elif "input_ids" in row:
-        yield len(row["input_ids"])
+        yield 1, len(row["input_ids"])
     else:
         prompt = len(row["prompt_ids"])
         for name in ("completion_ids", "chosen_ids", "rejected_ids"):
             if name in row:
-                yield prompt + len(row[name])
+                yield 1, prompt + len(row[name])
         for value in row.values():  # responses beside chosen and rejected
             if isinstance(value, list) and value and isinstance(value[0], dict) and "completion_ids" in value[0]:
-                yield from (len(other["prompt_ids"]) + len(other["completion_ids"]) for other in value)
+                share = 1 / len(value) if "level" in value[0] else 1  # one level of an answer is drawn
+                yield from ((share, len(other["prompt_ids"]) + len(other["completion_ids"])) for other in value)
 
 
 def _training_data(study: Study, cell: Cell, arm: Arm, source: str, config: Any) -> tuple[Any, dict[str, Any]]:
@@ -407,12 +408,14 @@ def _training_data(study: Study, cell: Cell, arm: Arm, source: str, config: Any)
         return _self_play_pairs(study, cell, arm, source), {}
     data = training_rows(kind, rows, study.batch_pairs(arm), cell.seed)
     if kind == "weighted":
-        return _with_token_weights(study, cell, source, data, config.max_length), {}
+        # The tokens that are scored are the first ones
+        scored = config.max_length if config.truncation_mode == "keep_start" else None
+        return _with_token_weights(study, cell, source, data, scored), {}
     if kind == "samples":
         if not getattr(config, "reg_weight", 1):
             return data, {}
         return data, {"reg_dataset": ensure_samples(study, cell.start, cell.seed, source, cell.size)}
-    if kind == "pairs" and study.peft is None and _reads_reference(arm.method.trainer_class, config):
+    if kind in ("pairs", "degraded") and study.peft is None and _reads_reference(arm.method.trainer_class, config):
         data = _with_reference(study, cell, source, config, data)
     return data, {}
 

@@ -356,7 +356,7 @@ class UnpairedTrainer(ExtensionTrainer, KTOTrainer):
         if not is_paired(row) or "prompt_ids" in row:
             return dataset
         with global_then_local_main_first():
-            return dataset.filter(versioned(_differ), fn_kwargs={"eos_token": self._tokenizer.eos_token})
+            return dataset.filter(versioned(responses_differ), fn_kwargs={"eos_token": self._tokenizer.eos_token})
 
     def _prepare_rows(self, dataset, processing_class, args, dataset_name):
         """Return the tokenized dataset, and the same without the rows that cannot be trained."""
@@ -610,7 +610,7 @@ def _trainable(row: dict[str, Any], **options: Any) -> bool:
     return _why_dropped(row, **options) is None
 
 
-def _differ(row: dict[str, Any], eos_token: str) -> bool:
+def responses_differ(row: dict[str, Any], eos_token: str) -> bool:
     """Whether the responses of a pair differ, but for an end that TRL adds."""
     chosen, rejected = (
         value.removesuffix(eos_token) if isinstance(value, str) else value
