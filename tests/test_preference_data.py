@@ -7,6 +7,7 @@ import pytest
 import tiny
 import torch
 from datasets import Dataset, DatasetDict, IterableDataset
+from pairs import make, step_gradients
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from trl import DPOConfig
 from trl.trainer.dpo_trainer import DataCollatorForPreference
@@ -624,3 +625,17 @@ def test_a_null_response_is_named(tmp_path):
         make(tmp_path, NOWHERE, Dataset.from_list(rows))
     kept = Dataset.from_list(rows).filter(lambda row: row["rejected"] is not None)
     check_preference_dataset(kept, "train_dataset")
+
+
+@pytest.mark.parametrize("kind", ["torch", "numpy"])
+def test_formatted_datasets(tmp_path, tokenizer, kind):
+    """A format that the user has set changes nothing."""
+    losses = []
+    for format_of_rows in (None, kind):
+        data = tiny.preference_data().add_column("weight", [0.5] * 8).with_format(format_of_rows)
+        model = tiny.model("llama", tokenizer)
+        trainer = make(
+            PreferenceTrainer, PreferenceConfig, tmp_path, model, data, tokenizer, overwrite_output_dir=True
+        )
+        losses.append(step_gradients(trainer)[0])
+    assert losses[0] == losses[1]

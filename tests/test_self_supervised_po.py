@@ -13,7 +13,8 @@ import pytest
 import tiny
 import torch
 import two_processes_spo
-from datasets import Dataset, load_dataset
+from datasets import Dataset
+from datasets.fingerprint import Hasher
 from pairs import difference, double, gradients, logs, loss_and_gradients, make, step_gradients
 from peft import LoraConfig
 from safetensors import safe_open
@@ -417,26 +418,29 @@ def test_another_extraction(tmp_path, tokenizer):
 
 
 def test_an_edited_extraction_is_another(tmp_path, tokenizer, monkeypatch):
-    """Its results are not taken from the cache, though its name is the same."""
-    source = "def phrases(text):\n    return [(i, i + {width}, 1.0) for i in range(0, 3 * {width}, {width})]\n"
+    """`datasets` would take the rows of the old one from its cache, as the name is the same."""
+    found, apply = [], Dataset.map
+
+    def noted(self, function=None, **options):
+        if "extract" in (options.get("fn_kwargs") or {}):
+            found.append(Hasher.hash([function, options["fn_kwargs"]["extract"]]))
+        return apply(self, function, **options)
+
+    monkeypatch.setattr(Dataset, "map", noted)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
     monkeypatch.syspath_prepend(tmp_path)
-    tiny.preference_data().to_json(tmp_path / "pairs.jsonl")
-    lengths = []
-    for width in (1, 2):
-        (tmp_path / "own_phrases.py").write_text(source.format(width=width))
+    for width in (1, 1, 2):
+        (tmp_path / "own_phrases.py").write_text(
+            f"def phrases(text):\n    return [(i, i + {width}, 1.0) for i in range(0, 3 * {width}, {width})]\n"
+        )
         sys.modules.pop("own_phrases", None)
-        monkeypatch.setattr(sys, "dont_write_bytecode", True)
         caching._source_digest.cache_clear()
         linecache.clearcache()
         importlib.invalidate_caches()
         phrases = importlib.import_module("own_phrases").phrases
         cls = type("Own", (SelfSupervisedPOTrainer,), {"key_phrases": staticmethod(phrases)})
-        data = load_dataset(
-            "json", data_files=str(tmp_path / "pairs.jsonl"), split="train", cache_dir=str(tmp_path / "cache")
-        )
-        rows = trainer_of(tmp_path / str(width), tokenizer, data, cls=cls, spo_gamma_rejected=0.0).train_dataset
-        lengths.append([len(row["completion_ids"]) for row in rows[0]["degraded_chosen_rows"]])
-    assert lengths[0] != lengths[1]
+        trainer_of(tmp_path, tokenizer, tiny.preference_data(), cls=cls, spo_gamma_rejected=0.0)
+    assert found[0] == found[1] != found[2]
 
 
 def test_rows_of_another_trainer(tmp_path, tokenizer):

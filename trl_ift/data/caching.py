@@ -32,7 +32,8 @@ def _module_of(function: Any) -> str:
 def _source_digest(module: str) -> str:
     try:
         source = inspect.getsource(sys.modules[module])
-    except (KeyError, OSError, TypeError):  # of a notebook or a prompt, whose functions `datasets` hashes by their code
+    except (KeyError, OSError, TypeError):
+        # Of a notebook or a prompt, whose functions `datasets` hashes by their code
         return "0" * 16
     return hashlib.sha256(source.encode()).hexdigest()[:16]
 

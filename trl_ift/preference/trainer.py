@@ -553,6 +553,8 @@ class PreferenceTrainer(ExtensionTrainer, DPOTrainer):
                 column.check_length(len(row[column.name]), len(row[f"{column.response}_ids"]), "the first row")
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
+        if isinstance(dataset, Dataset):
+            dataset = dataset.with_format(None)  # rows of plain numbers and lists, whatever the user looks at
         prepared, kept = self._prepare_rows(dataset, processing_class, args, dataset_name)
         if isinstance(dataset, Dataset):
             _check_token_counts(prepared, self._token_columns, dataset_name)
