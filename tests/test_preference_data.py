@@ -3,11 +3,11 @@
 import math
 
 import numpy as np
+import pairs
 import pytest
 import tiny
 import torch
 from datasets import Dataset, DatasetDict, IterableDataset
-from pairs import make, step_gradients
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from trl import DPOConfig
 from trl.trainer.dpo_trainer import DataCollatorForPreference
@@ -634,8 +634,8 @@ def test_formatted_datasets(tmp_path, tokenizer, kind):
     for format_of_rows in (None, kind):
         data = tiny.preference_data().add_column("weight", [0.5] * 8).with_format(format_of_rows)
         model = tiny.model("llama", tokenizer)
-        trainer = make(
+        trainer = pairs.make(
             PreferenceTrainer, PreferenceConfig, tmp_path, model, data, tokenizer, overwrite_output_dir=True
         )
-        losses.append(step_gradients(trainer)[0])
+        losses.append(pairs.step_gradients(trainer)[0])
     assert losses[0] == losses[1]
