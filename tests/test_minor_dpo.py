@@ -32,6 +32,7 @@ def gradients_of(loss, r_w, r_l, beta=0.1):
 def test_numbers():
     close(minor_dpo_loss(R_W, R_L, 0.1), [0.5981388694, 0.7844704307])
     close(minor_dpo_loss(R_W, R_L, 0.1).mean(), 0.6913046500)
+    close(dpo(R_W, R_L, 0.1), [0.5543552445, 0.7844704307])
     close(dpo(R_W, R_L, 0.1).mean(), 0.6694128376)
 
 

@@ -1174,3 +1174,9 @@ def test_two_processes(key, two, model_dir, tokenizer, tmp_path):
     for metric in names:
         assert both[0][metric] == pytest.approx(one[0][metric], rel=1e-3, abs=1e-6), metric
         assert both[-1][f"eval_{metric}"] == pytest.approx(one[-1][f"eval_{metric}"], rel=1e-3), metric
+
+
+def test_the_base_has_no_loss(tmp_path):
+    """It says so before anything is loaded."""
+    with pytest.raises(TypeError, match="abstract.*row_loss"):
+        UnpairedTrainer(model="/nonexistent/model")

@@ -13,6 +13,7 @@ The base runs policy and reference, completes the feedback (a label from a score
 takes the mean over the rows of the optimizer step.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -142,7 +143,7 @@ class UnpairedBatch:
         return self.logratios / self.lengths.clamp(min=1)
 
 
-class UnpairedTrainer(ExtensionTrainer, KTOTrainer):
+class UnpairedTrainer(ExtensionTrainer, KTOTrainer, ABC):
     """Base on [`~trl.KTOTrainer`] with a loss a row, scores and row weights, the right reference, and the library's checks.
 
     The constructor takes the arguments of [`~trl.KTOTrainer`]. A dataset has `prompt`, `completion`, and `label` (bool) or
@@ -266,9 +267,9 @@ class UnpairedTrainer(ExtensionTrainer, KTOTrainer):
     def _declare(self, args: Any) -> None:
         """Hook: set the attributes of the class that depend on the config. Runs before all else."""
 
+    @abstractmethod
     def row_loss(self, batch: UnpairedBatch) -> torch.Tensor:
         """Loss of each row, shape (N,); weights and the mean over the rows follow."""
-        raise NotImplementedError
 
     def implicit_rewards(self, batch: UnpairedBatch) -> torch.Tensor:
         """Rewards for the metrics `rewards/*`, shape (N,). Here TRL's: beta times the log-ratio."""
