@@ -11,11 +11,12 @@ DEMO_ARGS ?=
 PYTEST_ARGS ?= -n 2 --dist loadfile
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -q
 
-.PHONY: demo test lint types clean help
+.PHONY: demo test test-versions lint types clean help
 
 help:
 	@echo "make demo   fine-tune a real 135M chat model with IFT and SFT on this machine, and write a report"
 	@echo "make test   run the test suite"
+	@echo "make test-versions   the same with the oldest and the newest supported versions of TRL and the packages below it"
 	@echo "make lint   ruff (lint and format);  make types   mypy"
 
 # Re-made when the dependencies change. The demo's model comes without its inference engine, which would be compiled here.
@@ -33,6 +34,10 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
+# The oldest and the newest supported versions, each in an environment of its own in .venvs; writes docs/versions.md
+test-versions: $(STAMP)
+	$(BIN)/python tests/versions.py --torch "$(TORCH)"
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -41,4 +46,4 @@ types: $(STAMP)
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) .venvs build *.egg-info

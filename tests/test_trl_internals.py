@@ -1,6 +1,7 @@
 """Contracts with the installed TRL: what `trl_internals` relies on, and what it adds."""
 
 import copy
+import dataclasses
 import dis
 import inspect
 import re
@@ -56,6 +57,31 @@ class TestCheckTRL:
             ImportError, match=r"does not work with trl 1\.99\.0: SFTTrainer\.compute_loss\(self, model"
         ):
             check_trl("1.99.0", expected)
+
+    @pytest.mark.parametrize("function", trl_internals._EXPECTED_PARAMETERS, ids=lambda f: f.__qualname__)
+    @pytest.mark.parametrize("change", ["added", "removed", "renamed"])
+    def test_every_signature_is_watched(self, function, change, monkeypatch):
+        """As in a release of TRL that adds, drops or renames a parameter of one of its functions."""
+        signature = inspect.signature(function)
+        *others, last = signature.parameters.values()
+        changed = {
+            "added": [*others, last.replace(name="another"), last],
+            "removed": others,
+            "renamed": [*others, last.replace(name="another")],
+        }[change]
+        monkeypatch.setattr(function, "__signature__", signature.replace(parameters=changed), raising=False)
+        with pytest.raises(ImportError, match=re.escape(f"{function.__qualname__}(")) as error:
+            check_trl()
+        assert f"pip install 'trl=={TESTED_TRL[-1]}.*'" in str(error.value)
+
+    def test_a_lost_field_is_an_import_error(self, monkeypatch):
+        fields = [
+            field for field in dataclasses.fields(trl_internals.FusedCausalLMOutput) if field.name != "label_mask"
+        ]
+        shorter = dataclasses.make_dataclass("Shorter", [(field.name, field.type, None) for field in fields])
+        monkeypatch.setattr(trl_internals, "FusedCausalLMOutput", shorter)
+        with pytest.raises(ImportError, match=r"FusedCausalLMOutput lacks \['label_mask'\]"):
+            check_trl()
 
     def test_runs_on_import(self):
         code = (
