@@ -11,13 +11,14 @@ DEMO_ARGS ?=
 PYTEST_ARGS ?= -n 2 --dist loadfile
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -q
 
-.PHONY: demo test test-versions lint types clean help
+.PHONY: demo test test-versions lint types docs clean help
 
 help:
 	@echo "make demo   fine-tune a real 135M chat model with IFT and SFT on this machine, and write a report"
 	@echo "make test   run the test suite"
 	@echo "make test-versions   the same with the oldest and the newest supported versions of TRL and the packages below it"
 	@echo "make lint   ruff (lint and format);  make types   mypy"
+	@echo "make docs   build the documentation into site/, with no link that leads nowhere"
 
 # Re-made when the dependencies change. The demo's model comes without its inference engine, which would be compiled here.
 $(STAMP): pyproject.toml
@@ -45,5 +46,10 @@ lint: $(STAMP)
 types: $(STAMP)
 	$(BIN)/mypy
 
+# Its choose.md and cli.md are made of the code: $(BIN)/python docs/_site/pages.py
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "site/index.html"
+
 clean:
-	rm -rf $(VENV) .venvs build *.egg-info
+	rm -rf $(VENV) .venvs build site *.egg-info

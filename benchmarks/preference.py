@@ -4,13 +4,15 @@
     python benchmarks/preference.py --sizes 1b --bf16 --lora --tokens 2048    # on a GPU
     python benchmarks/preference.py --prompt_share 0.9 --contenders DPO base  # long prompts, short responses
     python benchmarks/preference.py --family                                  # the related methods, beside the base
+    python benchmarks/preference.py --shared_prompt --prompt_share 0.75       # one prompt a pair, beside padded rows
 
 All contenders start from the same model and see the same pairs. A step is what `Trainer.train` does with a collated batch:
 `get_batch_samples`, `training_step` (loss, metrics, backward), AdamW. Times are medians over rounds of the ratio to the first
 contender's step of the same round. The second table has them for each of our trainers beside its counterpart in TRL; the losses
 of the two must agree in the first two steps. With `--family`, it has the related methods beside what they add their mathematics
-to. While times are taken, all contenders train the same weights (LoRA: adapters of their own on the same weights), so that all
-of them fit. Memory is the peak of a process that runs one contender alone.
+to; with `--shared_prompt`, trainers that compute the prompt of a pair once beside the same on padded rows. While times are
+taken, all contenders train the same weights (LoRA: adapters of their own on the same weights), so that all of them fit. Memory
+is the peak of a process that runs one contender alone.
 """
 
 import contextlib
@@ -64,13 +66,17 @@ FAMILY = {
 }
 # A method of the family, what its cost is compared with if not the base with stored log-probs
 BESIDE = {"ASFT": "CPO", "FIGA": "CPO", "FPO": "base", "ULMA": "KTO", "UFT": "KTO"}
-# Ours, TRL's
+# With it, a contender computes the prompt of a pair once; those that are compared with themselves without it
+SHARED = ", shared prompt"
+SHARED_CONTENDERS = ("base", "base precomputed", "TPO", "EXO, 4 responses")
+# Ours, what must have the same losses and is compared with it
 COUNTERPARTS = {
     "base": "DPO",
     "base all positions": "DPO",
     "base precomputed": "DPO precomputed",
     "TPO": "TRL TPO",
     "TPO gold=chosen": "CPO",
+    **{f"{name}{SHARED}": name for name in SHARED_CONTENDERS},
 }
 
 
@@ -134,6 +140,8 @@ def make_trainer(contender: str, shape: str, args, model):
 
     from datasets import Dataset
 
+    shared = {"shared_prompt": True} if contender.endswith(SHARED) else {}
+    contender = contender.removesuffix(SHARED)
     name, options = {**CONTENDERS, **FAMILY}[contender]
     module, name = name.rsplit(".", 1)
     module = import_module(module)
@@ -149,7 +157,7 @@ def make_trainer(contender: str, shape: str, args, model):
         more["ref_model"] = copy.deepcopy(model)
     if contender == "FPO":
         more["sae"] = random_sae(model.config.hidden_size)
-    settings = common.training_arguments(args, **options)
+    settings = common.training_arguments(args, **options, **shared)
     if "completion" in columns:  # a pair is two rows
         settings["per_device_train_batch_size"] *= 2
     if contender == "CPO":  # it cuts at 512 for `None`
@@ -232,14 +240,18 @@ def measure_time(shape: str, args) -> dict[str, list[float]]:
 
 
 def main() -> None:
-    options = common.parser(__doc__.splitlines()[0], [*CONTENDERS, *FAMILY], "pairs")
+    shared = [f"{name}{SHARED}" for name in SHARED_CONTENDERS]
+    options = common.parser(__doc__.splitlines()[0], [*CONTENDERS, *FAMILY, *shared], "pairs")
     options.set_defaults(contenders=list(CONTENDERS))
     options.add_argument("--family", action="store_true", help="the related methods, beside the base")
+    options.add_argument("--shared_prompt", action="store_true", help="one prompt a pair, beside padded rows")
     args = common.parse(options)
     counterparts = COUNTERPARTS
     if args.family:
         args.contenders = ["base precomputed", "base", "CPO", *FAMILY]
         counterparts = {name: BESIDE.get(name, "base precomputed") for name in FAMILY if name != "KTO"}
+    if args.shared_prompt:
+        args.contenders = [name for base in SHARED_CONTENDERS for name in (base, f"{base}{SHARED}")]
     if args.memory_of:
         common.print_peak_memory(partial(make_step, args.memory_of, args.sizes[0], args))
         return
@@ -265,7 +277,7 @@ def main() -> None:
                 peak = common.memory_columns(memory.get(ours), memory.get(theirs))[1]
                 beside.append((shape, ours, theirs, time, peak))
     print()
-    common.print_head("model", "ours", "beside" if args.family else "TRL's", "x time", "x memory")
+    common.print_head("model", "ours", "beside", "x time", "x memory")
     for row in beside:
         common.print_row(*row)
 

@@ -1,7 +1,7 @@
 """A stand-in for the Hugging Face Hub on the loopback interface: it takes pushes and remembers what arrived.
 
 It speaks the part of the Hub's API that `create_repo` and `upload_folder` of huggingface_hub use over plain LFS
-(`HF_HUB_DISABLE_XET=1`): create, whoami, model info, validate-yaml, preupload, LFS batch, upload, commit, download.
+(`HF_HUB_DISABLE_XET=1`): create, whoami, model info, tree, validate-yaml, preupload, LFS batch, upload, commit, download.
 """
 
 import base64
@@ -169,6 +169,15 @@ class _Handler(BaseHTTPRequestHandler):
         head = f"{len(self.hub.commits):040x}"
         return self._send(200, {"id": repo, "modelId": repo, "sha": head, "siblings": files, "private": False})
 
+    def tree(self, body: bytes, repo: str, revision: str) -> None:
+        if repo not in self.hub.repos:
+            return self._send(404, {"error": "Repository not found"}, {"X-Error-Code": "RepoNotFound"})
+        files = [
+            {"type": "file", "path": name, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
+            for name, content in sorted(self.hub.files(repo).items())
+        ]
+        return self._send(200, files)
+
     def preupload(self, body: bytes, repo: str, revision: str) -> None:
         existing = self.hub.files(repo)
         files = []
@@ -229,6 +238,7 @@ _ROUTES = [
     ("POST", r"/api/repos/create", True, _Handler.create),
     ("POST", r"/api/validate-yaml", False, _Handler.validate_yaml),
     ("GET", rf"/api/models/{_REPO}(/revision/(?P<revision>[^/]+))?", False, _Handler.info),
+    ("GET", rf"/api/models/{_REPO}/tree/(?P<revision>[^/]+)", False, _Handler.tree),
     ("POST", rf"/api/models/{_REPO}/preupload/(?P<revision>[^/]+)", True, _Handler.preupload),
     ("POST", rf"/{_REPO}\.git/info/lfs/objects/batch", True, _Handler.lfs_batch),
     ("PUT", r"/lfs-storage/(?P<oid>[0-9a-f]{64})", False, _Handler.lfs_upload),

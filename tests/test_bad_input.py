@@ -168,6 +168,12 @@ class TestData:
         with pytest.raises(ValueError, match=r"`eval_dataset\['b'\]` has the columns"):
             train(tmp_path, model_dir, eval_dataset={"a": tiny.text_data(), "b": bad(x=1)})
 
+    def test_type_of_an_eval_dataset(self, tmp_path, model_dir, no_loading):
+        with pytest.raises(
+            TypeError, match=r"`eval_dataset\['b'\]` must be a `Dataset` or `IterableDataset`, got `list`"
+        ):
+            train(tmp_path, model_dir, eval_dataset={"a": tiny.text_data(), "b": [{"text": "a"}]})
+
     def test_formatting_func_allows_any_columns(self, tmp_path, model_dir):
         data = Dataset.from_list([{"q": "Name a colour.", "a": "Blue."}] * 4)
         trainer = train(tmp_path, model_dir, data, formatting_func=lambda row: f"{row['q']} {row['a']}")
@@ -347,11 +353,24 @@ class TestOutputFolder:
         state = folder / "checkpoint-4" / "trainer_state.json"
         state.write_text(state.read_text()[:50])
         again = train(tmp_path, model_dir, settings=settings)
-        for wanted in (True, str(folder / "checkpoint-4")):
-            with pytest.raises(ValueError, match=r"checkpoint-4` is incomplete .* Resume from `.*checkpoint-2`"):
-                again.train(resume_from_checkpoint=wanted)
-        again.train(resume_from_checkpoint=str(folder / "checkpoint-2"))
+        with pytest.raises(ValueError, match=r"checkpoint-4` is incomplete .* Resume from `.*checkpoint-2`"):
+            again.train(resume_from_checkpoint=str(folder / "checkpoint-4"))
+        again.train(resume_from_checkpoint=True)
         assert again.state.global_step == 4
+
+    def test_no_whole_checkpoint(self, tmp_path):
+        (tmp_path / "checkpoint-2").mkdir()
+        with pytest.raises(ValueError, match=r"checkpoint-2` is incomplete .* Start without `resume_from_checkpoint`"):
+            resolve_checkpoint(True, str(tmp_path))
+
+    def test_a_checkpoint_without_its_optimizer(self, tmp_path, model_dir):
+        """Refused: training would go on with a new one, and with a new schedule."""
+        trainer = train(tmp_path, model_dir, settings={"max_steps": 2})
+        args = trainer.args
+        args.save_strategy, args.save_steps, args.save_only_model = "steps", 1, True
+        trainer.train()
+        with pytest.raises(ValueError, match=r"checkpoint-1` has no 'optimizer.pt' and no 'scheduler.pt'"):
+            trainer.train(resume_from_checkpoint=str(Path(args.output_dir) / "checkpoint-1"))
 
     def test_missing_checkpoint(self, tmp_path):
         with pytest.raises(ValueError, match="there is no folder `nowhere`. Start without"):

@@ -14,7 +14,7 @@ from peft import LoraConfig, get_peft_model
 from torch import tensor
 from trl import RewardConfig, RewardTrainer
 
-from trl_ift import EurusRewardConfig, EurusRewardTrainer
+from trl_ift import EurusRewardConfig, EurusRewardTrainer, checks
 from trl_ift.hub.card import check_model_card
 from trl_ift.reward import eurus
 from trl_ift.reward.eurus import eurus_reward_losses
@@ -380,7 +380,7 @@ def test_formatted_data(kind, form, tmp_path, tokenizer):
 
 
 def test_dropped_pairs(tmp_path, tokenizer, monkeypatch):
-    messages = message_log(monkeypatch, eurus)
+    messages = message_log(monkeypatch, checks)
     rows = data().to_list()
     rows[0]["rejected"] = rows[0]["chosen"]
     rows[3]["chosen"] = "  "
@@ -407,10 +407,10 @@ def test_dropped_pairs(tmp_path, tokenizer, monkeypatch):
 
 
 def test_warnings(tmp_path, tokenizer, monkeypatch):
-    messages = message_log(monkeypatch, eurus)
+    messages, dropped = message_log(monkeypatch, eurus), message_log(monkeypatch, checks)
     trainer_of(tmp_path, tokenizer, data(), max_length=20, center_rewards_coefficient=0.1)
     assert "pulls the rewards of a pair to a mean of 0" in messages[0]
-    assert re.match(r"Dropped \d of 8 rows of the train dataset", messages[1])
+    assert re.match(r"Dropped \d of 8 rows of the train dataset", dropped[0])
 
 
 @pytest.mark.parametrize(

@@ -621,6 +621,15 @@ class TestOptions:
         fresh = quiet.evaluate(tiny.messages_data())
         assert math.isfinite(fresh["eval_sft_loss"])
 
+    def test_predictions_do_not_change_the_next_evaluation(self, tmp_path, tokenizer):
+        trainer = make(tmp_path, tokenizer, eval_dataset=tiny.prompt_completion_data().select(range(4)))
+        first = trainer.evaluate()
+        trainer.predict(trainer.train_dataset.select(range(4, 8)))
+        second = trainer.evaluate()
+        names = [name for name in first if "ift" in name or "entropy" in name or "sft" in name]
+        assert len(names) >= 4
+        assert {name: first[name] for name in names} == {name: second[name] for name in names}
+
     @pytest.mark.parametrize("prediction", ["argmax", "sample"])
     def test_evaluation_does_not_change_the_run(self, tmp_path, tokenizer, prediction):
         with_eval = make(

@@ -20,7 +20,10 @@ from trl_ift import METHODS, get_method
 from trl_ift.data.token_weights import unit_weights
 from trl_ift.extension import ExtensionConfig, ExtensionTrainer
 from trl_ift.hub.card import check_model_card
+from trl_ift.preference import shared_prompt
 from trl_ift.preference.sae import ReLUSAE
+from trl_ift.preference.shared_prompt import join_rows
+from trl_ift.preference.trainer import PreferenceConfig
 from trl_ift.registry import methods_table, symptoms_table
 
 
@@ -359,6 +362,26 @@ def test_every_option_acts(method, tmp_path, tokenizer, monkeypatch):
         assert value != default
         assert plain != trace(changed), f"{name}={value!r} changed nothing"
         assert isinstance(plain, list) or f"`{name}={value}`" in plain
+
+
+@pytest.mark.parametrize(
+    "method", [m for m in METHODS if issubclass(m.config_class, PreferenceConfig)], ids=lambda method: method.name
+)
+def test_a_shared_prompt_changes_nothing(method, tmp_path, tokenizer, monkeypatch):
+    """The option that may not act on results: losses, gradients and metrics stay, or it raises."""
+    if method.trainer_class.reads_hidden_states:
+        with pytest.raises(ValueError, match=f"{method.trainer} reads the hidden states of responses"):
+            train(method, tmp_path, tokenizer, shared_prompt=True)
+        return
+    runs, joined = [], []
+    monkeypatch.setattr(shared_prompt, "join_rows", lambda *args: joined.append(True) or join_rows(*args))
+    for shared in (False, True):
+        trainer = train(method, tmp_path, tokenizer, steps=2, shared_prompt=shared)
+        assert bool(joined) == shared
+        skip = {"train_runtime", "train_samples_per_second", "train_steps_per_second"}
+        runs.append([{k: v for k, v in entry.items() if k not in skip} for entry in trainer.state.log_history])
+    for found, expected in zip(runs[1], runs[0], strict=True):
+        assert found == pytest.approx(expected, rel=1e-3, abs=1e-3)
 
 
 @every_method

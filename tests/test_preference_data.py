@@ -13,8 +13,8 @@ from trl import DPOConfig
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from two_processes_preference import ToyTrainer, history, options
 
+from trl_ift import checks
 from trl_ift.checks import check_preference_dataset
-from trl_ift.preference import trainer as trainer_module
 from trl_ift.preference.collator import WEIGHT, Column, PreferenceCollator
 from trl_ift.preference.trainer import PreferenceConfig, PreferenceTrainer
 
@@ -46,7 +46,7 @@ def tokenized(tokenizer, data=None):
 @pytest.fixture
 def warnings_seen(monkeypatch):
     seen = []
-    monkeypatch.setattr(trainer_module.logger, "warning", lambda message, *args, **kwargs: seen.append(message))
+    monkeypatch.setattr(checks.logger, "warning", lambda message, *args, **kwargs: seen.append(message))
     return seen
 
 

@@ -1,7 +1,9 @@
 """Cases in which a preference trainer, its data or its card would be wrong without a word."""
 
+import shutil
 import types
 from functools import partial
+from pathlib import Path
 
 import pytest
 import tiny
@@ -12,14 +14,14 @@ from huggingface_hub import ModelCard
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from trl_ift import IFTConfig, IFTTrainer
+from trl_ift import IFTConfig, IFTTrainer, reference
+from trl_ift.checks import is_blank
 from trl_ift.data import caching, generate_completions
 from trl_ift.data.caching import _source_digest, versioned
 from trl_ift.data.fingerprint import differs_from_source
-from trl_ift.preference import trainer as trainer_module
 from trl_ift.preference.mpo import MPOTrainer
 from trl_ift.preference.tpo import TPOTrainer
-from trl_ift.preference.trainer import PreferenceConfig, PreferenceTrainer, is_blank
+from trl_ift.preference.trainer import PreferenceConfig, PreferenceTrainer
 from trl_ift.trl_internals import forget_fused_head
 
 
@@ -67,7 +69,7 @@ class TestReference:
 
     def test_a_model_that_was_trained_since_is_named(self, tmp_path, tokenizer, model_dir, monkeypatch):
         seen = []
-        monkeypatch.setattr(trainer_module.logger, "warning", lambda message, *args: seen.append(message))
+        monkeypatch.setattr(reference.logger, "warning", lambda message, *args: seen.append(message))
         for dtype in ("float32", "bfloat16"):
             model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype)
             assert differs_from_source(model, model_dir) is False
@@ -90,10 +92,12 @@ class TestReference:
         forget_fused_head(model)
         assert "forward" not in vars(model)
 
-    def test_a_moving_reference_is_not_resumed(self, tmp_path, tokenizer, model_dir):
+    def test_a_moving_reference_that_is_lost(self, tmp_path, tokenizer, model_dir):
         settings = {"sync_ref_model": True, "save_strategy": "steps", "save_steps": 1, "tokenizer": tokenizer}
-        make(PreferenceTrainer, tmp_path, model_dir, **settings).train()
-        with pytest.raises(ValueError, match="`sync_ref_model=True` cannot be resumed"):
+        trainer = make(PreferenceTrainer, tmp_path, model_dir, **settings)
+        trainer.train()
+        shutil.rmtree(Path(trainer.args.output_dir) / "checkpoint-1" / "reference")
+        with pytest.raises(ValueError, match=r"cannot be resumed without its reference.*model.safetensors` is miss"):
             make(PreferenceTrainer, tmp_path, model_dir, max_steps=2, **settings).train(resume_from_checkpoint=True)
 
     def test_a_frozen_adapter_is_refused(self, tmp_path, tokenizer):

@@ -24,8 +24,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 from trl import DPOConfig, DPOTrainer
 
-from trl_ift import PreferenceConfig, SPINConfig, SPINTrainer
-from trl_ift.preference import trainer as preference
+from trl_ift import PreferenceConfig, SPINConfig, SPINTrainer, checks
 from trl_ift.preference.spin import LOSS_TYPES, spin_loss
 
 
@@ -493,7 +492,7 @@ class TestTrainer:
         assert last["rewards/margins"] > 1
 
     def test_equal_answers_are_dropped(self, tmp_path, tokenizer, monkeypatch):
-        messages = message_log(monkeypatch, preference)
+        messages = message_log(monkeypatch, checks)
         rows = tiny.preference_data().to_list()
         rows[2]["rejected"] = rows[2]["chosen"]
         trainer = trainer_of(tmp_path, tokenizer, data=Dataset.from_list(rows))

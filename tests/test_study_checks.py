@@ -236,7 +236,7 @@ class TestData:
             return [{"prompt": row["prompt"], "completion": 3} for row in rows]
 
         text = self.refusal(inputs, tmp_path, "sft", numbers)
-        assert "column 'completion' must be a text or a list of {'role', 'content'} messages; it is 3" in text
+        assert "row 0: column 'completion' must hold a text or a list of {'role', 'content'} messages, found 3" in text
 
     def test_blank_answers(self, inputs, tmp_path):
         text = self.refusal(inputs, tmp_path, "sft", lambda rows: [*rows[:5], rows[5] | {"completion": " \n"}])

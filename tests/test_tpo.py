@@ -32,9 +32,8 @@ from trl.experimental.cpo import CPOConfig, CPOTrainer
 from trl.experimental.tpo import TPOConfig as TRLTPOConfig
 from trl.experimental.tpo import TPOTrainer as TRLTPOTrainer
 
-from trl_ift import TPOConfig, TPOTrainer
+from trl_ift import TPOConfig, TPOTrainer, checks
 from trl_ift.preference import tpo
-from trl_ift.preference import trainer as base
 from trl_ift.preference.tpo import LOSS_TYPES, NORMALIZATIONS, gold_nll_sum, tpo_pair_loss
 from trl_ift.scripts import train as script
 
@@ -572,7 +571,7 @@ class TestData:
         lengths = [len(tokenizer(row["prompt"])["input_ids"]) for row in tiny.triple_data()]
         limit = sorted(lengths)[3]
         left = [row for row, length in zip(tiny.triple_data(), lengths, strict=True) if length < limit]
-        messages = message_log(monkeypatch, base)
+        messages = message_log(monkeypatch, checks)
         trainer = trainer_of(tmp_path, tokenizer, max_length=limit)
         assert [row["prompt"] for row in trainer.train_dataset] == [row["prompt"] for row in left]
         assert f"Dropped {8 - len(left)} of 8 rows" in messages[0]

@@ -15,8 +15,8 @@ import tiny
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer
-from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
-from trl.trainer import dpo_trainer
+from trl import DPOConfig, DPOTrainer, KTOTrainer, SFTConfig, SFTTrainer
+from trl.trainer import dpo_trainer, kto_trainer
 from trl.trainer.utils import add_fused_lm_head
 
 import trl_ift
@@ -35,6 +35,7 @@ from trl_ift.trl_internals import (
     keep_4bit_trainable_on_cpu,
     score_labelled_positions_only,
     take_no_step,
+    without_weight_hashes,
 )
 
 
@@ -414,3 +415,14 @@ def test_a_training_that_takes_no_step(tmp_path, tokenizer):
     assert again.state.global_step == 1
     for name, value in first.model.state_dict().items():
         assert torch.equal(again.model.state_dict()[name], value), name
+
+
+def test_without_weight_hashes(tokenizer):
+    """TRL's trainers look the hash up where it is taken away, and have it back afterwards."""
+    modules, model = (dpo_trainer, kto_trainer), tiny.model("llama", tokenizer)
+    for trainer in (DPOTrainer, KTOTrainer):
+        assert "hash_module(self.ref_model or self.model)" in inspect.getsource(trainer.__init__)
+    with without_weight_hashes():
+        assert [module.hash_module(model) for module in modules] == ["", ""]
+    assert len({module.hash_module(model) for module in modules}) == 1
+    assert all(module.hash_module(model) for module in modules)

@@ -44,6 +44,7 @@ from trl_ift import (
     UFTConfig,
     UFTTrainer,
     ULMAConfig,
+    checks,
     get_method,
 )
 from trl_ift.preference.collator import Column
@@ -329,7 +330,7 @@ class TestReference:
             for key, parameter in trainer.model.named_parameters():
                 if "lora_B" in key:
                     parameter.add_(0.2 * torch.randn_like(parameter))
-        trainer._start_checked = True
+        trainer._reference_checked = True
         loss, _ = loss_and_gradients(trainer)
         reference = double(tiny.model("llama", tokenizer))
         expected = expected_loss(
@@ -351,7 +352,7 @@ class TestReference:
 
     def test_of_a_model_in_memory_is_the_model(self, name, tmp_path, tokenizer, model_dir, monkeypatch):
         """Not that on the disk from which it was loaded."""
-        messages = message_log(monkeypatch, sys.modules["trl_ift.preference.trainer"])
+        messages = message_log(monkeypatch, sys.modules["trl_ift.reference"])
         model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
         with torch.no_grad():
             for parameter in model.parameters():
@@ -524,7 +525,7 @@ class TestData:
         assert batch["label"].tolist() == [True, False, True, False]
 
     def test_equal_pairs_are_dropped(self, tmp_path, tokenizer, monkeypatch):
-        messages = message_log(monkeypatch, base)
+        messages = message_log(monkeypatch, checks)
         rows = tiny.preference_data().to_list()
         rows[0]["rejected"] = rows[0]["chosen"]
         rows[1]["rejected"] = rows[1]["chosen"] + tokenizer.eos_token  # TRL adds it to the other one
@@ -596,7 +597,7 @@ class TestData:
             list(later.train_dataset)
 
     def test_dropped_rows(self, tmp_path, tokenizer, monkeypatch):
-        messages = message_log(monkeypatch, base)
+        messages = message_log(monkeypatch, checks)
         rows = rows_of("ulma")
         rows[0]["prompt"] = letters(80)
         rows[2]["completion"] = "  "  # a good one
@@ -680,8 +681,12 @@ class TestData:
         rows = rows_of("uft")
         stored = [row | {"ref_logps": -20.0} for row in rows]
         for train, other, message in (
-            (stored, rows, "lacks the column 'ref_logps'"),
-            (rows, stored, "has the column"),
+            (
+                stored,
+                rows,
+                "`eval_dataset` lacks the column 'ref_logps' that .* Add it, or drop it there so that .* computes it",
+            ),
+            (rows, stored, "`eval_dataset` has the column 'ref_logps' and `train_dataset` lacks it, .* Add it there"),
         ):
             with pytest.raises(ValueError, match=message):
                 trainer_of("uft", tmp_path, tokenizer, train, eval_dataset=Dataset.from_list(other))

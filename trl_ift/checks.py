@@ -13,7 +13,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from transformers.trainer_utils import get_last_checkpoint
+import torch
+from accelerate.utils import is_peft_model
+from datasets import Dataset, IterableDataset
+from transformers.utils import logging
+
+from .data.rows import check_texts
 
 
 # One of these makes a local model folder usable without `processing_class`
@@ -32,6 +37,8 @@ WEIGHT_FILES = (
     "model.safetensors.index.json",
     "pytorch_model.bin",
 )
+
+logger = logging.get_logger(__name__)
 
 
 def check_range(
@@ -95,6 +102,20 @@ def check_model_source(model: Any, processing_class: Any) -> None:
         )
 
 
+def check_instance(model: torch.nn.Module, peft_config: Any) -> None:
+    """Raise for a model that cannot be trained as it is."""
+    if peft_config is None and not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(
+            "No parameter of `model` requires a gradient, so that nothing would be trained. Load an adapter with "
+            "`PeftModel.from_pretrained(..., is_trainable=True)`, or pass a `peft_config`."
+        )
+    if is_peft_model(model) and "default" not in model.peft_config:
+        raise ValueError(
+            f"The adapters of `model` are called {', '.join(map(repr, model.peft_config))}; the one that is trained must be "
+            "called 'default'. Load it with `adapter_name='default'`."
+        )
+
+
 def check_peft(peft_config: Any, model: Any, method: str, prompt_learning: bool = False) -> None:
     """Raise for adapters on `lm_head`, which the fused head cannot train, and, unless allowed, for prompt learning."""
     existing = getattr(model, "peft_config", None)
@@ -117,6 +138,21 @@ def check_peft(peft_config: Any, model: Any, method: str, prompt_learning: bool 
                 "log-probabilities are computed from `lm_head.weight` directly. Remove it from `target_modules`; to train "
                 "the head, use `modules_to_save=['lm_head']`."
             )
+
+
+def named_datasets(train_dataset: Any, eval_dataset: Any) -> dict[str, Any]:
+    """The datasets that a trainer is given, by what messages call them; raise for a missing one and for other types."""
+    if train_dataset is None:
+        raise ValueError("`train_dataset` is required")
+    named = {"train_dataset": train_dataset}
+    if isinstance(eval_dataset, dict):
+        named |= {f"eval_dataset[{key!r}]": dataset for key, dataset in eval_dataset.items()}
+    elif eval_dataset is not None:
+        named["eval_dataset"] = eval_dataset
+    for name, dataset in named.items():
+        if not isinstance(dataset, Dataset | IterableDataset):
+            raise TypeError(f"`{name}` must be a `Dataset` or `IterableDataset`, got `{type(dataset).__name__}`.")
+    return named
 
 
 def check_sft_dataset(dataset: Any, name: str, text_field: str = "text", formatted: bool = False) -> None:
@@ -172,6 +208,19 @@ def check_sft_dataset(dataset: Any, name: str, text_field: str = "text", formatt
             f"`{name}` has the columns {sorted(row)}. Expected 'messages' or '{text_field}' (language modeling), 'prompt' and "
             f"'completion', or 'input_ids' (pre-tokenized). Rename your columns, or set `dataset_text_field`."
         )
+    if column == "input_ids":
+        return
+    answer = "completion" if "completion" in row and "prompt" in row else column
+    texts = (
+        ["prompt", "completion"]
+        if answer == "completion"
+        else [name for name in (text_field, "messages") if name in row]
+    )
+    check_texts(dataset, name, texts, nullable=len(texts) > 1 and answer != "completion")
+    if answer in texts and hasattr(dataset, "num_rows") and all(map(is_blank, dataset.with_format(None)[answer])):
+        raise ValueError(
+            f"`{name}`: column '{answer}' is blank in all rows, so that nothing would be trained. Check it."
+        )
 
 
 def check_preference_dataset(
@@ -210,8 +259,7 @@ def check_preference_dataset(
             )
         texts = {column: row[column] for column in ("prompt", "chosen", "rejected") if column in row}
         _check_same_kind(texts, name)
-        for column in texts:
-            _check_no_nulls(dataset, name, column)
+        check_texts(dataset, name, list(texts))
     for branch in branches:
         if branch.column is None or branch.rows_column in row or f"{branch.column}_ids" in row:
             continue
@@ -227,6 +275,7 @@ def check_preference_dataset(
                 f"token ids as '{branch.column}_ids', or pass the texts."
             )
         _check_same_kind({column: row[column] for column in ("prompt", "chosen", source) if column in row}, name)
+        check_texts(dataset, name, [source])
     stored = [column for column in ("ref_chosen_logps", "ref_rejected_logps") if column in row]
     if len(stored) == 1:
         raise ValueError(
@@ -245,16 +294,22 @@ def check_preference_dataset(
             column.check(row[column.name], f"`{name}`, first row")
 
 
-def _check_no_nulls(dataset: Any, name: str, column: str) -> None:
-    """Raise if a column of a map-style dataset has a null."""
-    if not hasattr(dataset, "num_rows") or not dataset.data.column(column).null_count:
-        return
-    for index, value in enumerate(dataset.with_format(None)[column]):  # the table may hold rows that were filtered out
-        if value is None:
-            raise ValueError(
-                f"`{name}`, row {index}: column '{column}' is null. Fill it, or drop such rows: `dataset.filter(lambda row: "
-                f"row[{column!r}] is not None)`."
-            )
+def check_collator(collator: Any, dataset: Any, keys: Mapping[str, str], ours: type) -> None:
+    """Raise for a user's collator that loses what the loss reads.
+
+    Args:
+        collator: The collator.
+        dataset: Prepared dataset, whose first row is tried.
+        keys: Columns that the loss reads, where a dataset has them, and the keys of a batch that they become.
+        ours: Class from which it could be derived.
+    """
+    row = next(iter(dataset))
+    batch = collator([row])
+    if lost := [column for column, key in keys.items() if column in row and key not in batch]:
+        raise ValueError(
+            f"`data_collator` ({type(collator).__name__}) leaves out {', '.join(map(repr, lost))}, which the loss reads. "
+            f"Derive it from `{ours.__module__}.{ours.__name__}`, or drop the columns."
+        )
 
 
 def _check_same_kind(texts: Mapping[str, Any], name: str) -> None:
@@ -283,6 +338,41 @@ def _kind(value: Any) -> str:
     return type(value).__name__
 
 
+# ---------------------------------------------------------------- rows that cannot be trained
+
+
+def is_blank(value: Any, eos_token: str = "") -> bool:
+    """Whether a response, text or messages, says nothing (a tool call says something)."""
+    if isinstance(value, str):
+        return value.removesuffix(eos_token).strip() == ""
+    said = (str(m.get("content") or "").removesuffix(eos_token).strip() or m.get("tool_calls") for m in value or [])
+    return not any(said)
+
+
+def responses_differ(row: dict[str, Any], eos_token: str) -> bool:
+    """Whether the responses of a pair differ, but for an end that TRL adds."""
+    chosen, rejected = (
+        value.removesuffix(eos_token) if isinstance(value, str) else value
+        for value in (row["chosen"], row["rejected"])
+    )
+    return chosen != rejected
+
+
+def probe_of(dataset: Any) -> Any:
+    """The rows in which a trainable one must be found: of a stream the first thousand, as it may be endless."""
+    return dataset.with_format(None) if isinstance(dataset, Dataset) else dataset.take(1000)
+
+
+def report_dropped(reasons: Mapping[str, int], total: int, name: str) -> None:
+    """Warn of the rows of a dataset that are not trained: how many of `total`, by the reason."""
+    if reasons:
+        found = ", ".join(f"{number} ({reason})" for reason, number in reasons.items())
+        logger.warning(f"Dropped {sum(reasons.values())} of {total} rows of the {name} dataset: {found}.")
+
+
+# ---------------------------------------------------------------- folders
+
+
 def is_complete_checkpoint(checkpoint: str | os.PathLike) -> bool:
     """Whether a Trainer checkpoint was written to its end (the Trainer writes its state last)."""
     try:
@@ -295,6 +385,8 @@ def is_complete_checkpoint(checkpoint: str | os.PathLike) -> bool:
 def resolve_checkpoint(resume_from_checkpoint: str | bool | None, output_dir: str) -> str | None:
     """Return the checkpoint folder to resume from, or `None` to start afresh.
 
+    With `True` it is the last complete one in `output_dir`; a later one whose writing was interrupted is named in a warning.
+
     Raises:
         ValueError: The folder named (or, with `True`, every one in `output_dir`) is missing or was interrupted while it
             was written. The message names the newest complete one.
@@ -303,12 +395,18 @@ def resolve_checkpoint(resume_from_checkpoint: str | bool | None, output_dir: st
         return None
     folder = Path(output_dir)
     found = sorted(folder.glob("checkpoint-*"), key=_step_of) if folder.is_dir() else []
+    found = [path for path in found if path.is_dir() and _step_of(path) >= 0]
     complete = [path for path in found if is_complete_checkpoint(path)]
     remedy = f"Resume from `{complete[-1]}`" if complete else "Start without `resume_from_checkpoint`"
     if resume_from_checkpoint is True:
-        wanted = get_last_checkpoint(output_dir) if folder.is_dir() else None
-        if wanted is None:
+        if not found:
             raise ValueError(f"`resume_from_checkpoint=True`, but `{output_dir}` holds no checkpoint. {remedy}.")
+        wanted = str((complete or found)[-1])
+        if complete and (broken := found[found.index(complete[-1]) + 1 :]):
+            logger.warning_once(
+                f"Incomplete (no whole `trainer_state.json`), as the run was interrupted while it was being written: "
+                f"{', '.join(f'`{path}`' for path in broken)}. Training goes on from `{wanted}`."
+            )
     else:
         wanted = str(resume_from_checkpoint)
         if not Path(wanted).is_dir():

@@ -33,10 +33,12 @@ _TOOLS = {
     "triples": ("trl_ift.data.triples", "Build triples (gold, chosen, rejected) from scored responses"),
     "score": ("trl_ift.data.scoring", "Write the loss of every row of an SFT dataset under a model"),
     "select": ("trl_ift.data.selection", "Select rows of an SFT dataset by their scores, with a report"),
+    "merge": ("trl_ift.hub.merge", "Merge an adapter into its base model, and push the result"),
     "study": ("trl_ift.study.cli", "Compare methods from several starts, with several data sizes and seeds"),
     "demo": ("trl_ift.demo", "Fine-tune a small chat model on this machine and write a report"),
 }
 
+_CHECK = "Show what a training would do: rows, first loss, memory, settings without an effect"
 _LOBASS = "Select rows by LoBaSS: train the reference, score twice, select, report"
 
 
@@ -55,9 +57,14 @@ def main(argv: list[str] | None = None) -> int:
         from .scripts.lobass import make_parser
 
         return _run_launched(make_parser(), "lobass.py", [], rest)
+    if command == "check":
+        from .scripts import check
+
+        method, options = check.split_method(rest)
+        return _run_launched(check.make_parser(method), "check.py", [method.name], options)
     if command in _TOOLS:
         return import_module(_TOOLS[command][0]).main(rest)
-    known = [*methods, "methods", "lobass", *_TOOLS, "env"]
+    known = [*methods, "methods", "check", "lobass", *_TOOLS, "env"]
     if not command.startswith("-") and command not in known:
         near = get_close_matches(command, known, n=1)
         hint = f"Did you mean `trl-ift {near[0]}`?" if near else f"The commands are: {', '.join(known)}."
@@ -84,6 +91,7 @@ def _make_parser() -> argparse.ArgumentParser:
         commands.add_parser(method.name, help=f"Train with {method.title}: {method.summary}", add_help=False)
     methods = commands.add_parser("methods", help="List the methods, their data and papers", allow_abbrev=False)
     methods.add_argument("--markdown", action="store_true", help="as Markdown tables, by data and by symptom")
+    commands.add_parser("check", help=_CHECK, add_help=False)
     commands.add_parser("lobass", help=_LOBASS, add_help=False)
     for name, (_, summary) in _TOOLS.items():
         commands.add_parser(name, help=summary, add_help=False)
@@ -212,13 +220,9 @@ def _launcher_options(config_file: str, parser: Any, launcher: Any, launch_optio
 
     Sets the variables under `env:`, for the launched processes too. Keys that nobody knows are refused.
     """
-    import yaml
+    from .scripts.train import read_config, unknown_option
 
-    from .scripts.train import unknown_option
-
-    config = yaml.safe_load(Path(config_file).read_text(encoding="utf-8"))
-    if not isinstance(config, dict):
-        raise ValueError(f"`--config {config_file}`: expected `option: value` lines, found {type(config).__name__}.")
+    config = read_config(config_file)
     env = config.pop("env", None) or {}
     if not isinstance(env, dict):
         raise ValueError(f"`--config {config_file}`: `env` must hold `NAME: value` lines, found {type(env).__name__}.")
@@ -244,6 +248,7 @@ def _launcher_options(config_file: str, parser: Any, launcher: Any, launch_optio
 def _launch(args: argparse.Namespace) -> int:
     """Run `accelerate launch` and return the exit code of the training, which has printed its own errors."""
     import torch
+    import yaml
     from accelerate.commands.launch import launch_command
     from accelerate.utils import patch_environment
     from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -262,6 +267,8 @@ def _launch(args: argparse.Namespace) -> int:
         with patch_environment(**environment):
             launch_command(args)
         return 0
+    except yaml.YAMLError as error:  # of the file of accelerate
+        raise ValueError(f"The configuration of accelerate is no YAML file of plain values: {error}") from None
     except subprocess.CalledProcessError as error:
         code = error.returncode
     except ChildFailedError as error:

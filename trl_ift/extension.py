@@ -9,20 +9,25 @@ import os
 import re
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from accelerate.utils import is_peft_model
 from huggingface_hub import EvalResult, HfApi, ModelCard
-from transformers.trainer import TRAINING_ARGS_NAME
+from torch.utils.data import IterableDataset
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import HubStrategy, SaveStrategy
 from transformers.utils import PushInProgress, logging
 
 from .checks import WEIGHT_FILES, check_model_source, check_output_dir, check_quantization, resolve_checkpoint
+from .data.rows import check_written, naming_the_row
 from .hub.card import build_model_card, is_hub_id, library_versions
+from .redaction import redacted
 from .registry import get_method
 from .trl_internals import get_comet_experiment_url, get_config_model_id, get_trackio_space_url
 
@@ -34,6 +39,8 @@ else:
 
 
 _STATE_FILE = "trl_ift_state.json"
+# Columns of texts or messages that TRL tokenizes
+_TEXTS = ("prompt", "completion", "chosen", "rejected", "messages")
 # What a push at a checkpoint takes from it: the model, not the state of the optimizer
 _MODEL_FILES = (
     "*.safetensors",
@@ -72,6 +79,13 @@ class ExtensionConfig:
         },
     )
 
+    # Options that change how fast a run is, not what it gives. (No metadata of the fields: those are argparse's arguments.)
+    same_result: ClassVar[tuple[str, ...]] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in transformers, without tokens and passwords in dictionaries of options either: trackers log it."""
+        return redacted(super().to_dict())  # type: ignore[misc]
+
 
 class ExtensionTrainer(_Trainer):
     """Mixin for subclasses of TRL trainers; stands before the TRL class in the bases.
@@ -109,19 +123,49 @@ class ExtensionTrainer(_Trainer):
             if config is not None:
                 check_quantization(config)
 
+    @contextmanager
+    def _naming_rows(self, dataset: Any, name: str, processing_class: Any) -> Iterator[None]:
+        """Around the preparation of a dataset: checks what the tokenizer makes of its rows; names one that it cannot read."""
+        row: dict[str, Any] = next(iter(dataset), {})
+        columns = [column for column in _TEXTS if row.get(column) is not None]
+        if not columns or {"input_ids", "prompt_ids", "chosen_ids"} & set(row):
+            yield
+            return
+        tokenizer = getattr(processing_class, "tokenizer", processing_class)
+        check_written(dataset, f"{name} dataset", columns, tokenizer)
+        with naming_the_row(dataset, f"{name} dataset", columns, tokenizer):
+            yield
+
     # ---------------------------------------------------------------- training and resuming
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
-        """As in TRL. Refuses to write over another run (`overwrite_output_dir`) and to resume a broken checkpoint."""
+        """As in TRL. Refuses to write over another run (`overwrite_output_dir`) and to resume a broken checkpoint.
+
+        A resumed run goes on as it would have without the interruption; with `resume_from_checkpoint=True` from the last
+        complete checkpoint in `output_dir`.
+        """
         checkpoint = resolve_checkpoint(resume_from_checkpoint, self.args.output_dir)
+        self._resumed_state: dict[str, Any] = {}
         if not getattr(self, "_owns_output_dir", False):
             check_output_dir(self.args, checkpoint)
             if self.args.overwrite_output_dir and checkpoint is None:
                 self._remove_earlier_run()
             self._owns_output_dir = True
         if checkpoint is not None:
+            self._check_resumable(Path(checkpoint))
             self._load_extension_state(Path(checkpoint))
         return super().train(checkpoint, *args, **kwargs)
+
+    def _check_resumable(self, checkpoint: Path) -> None:
+        """Refuse a checkpoint from which training would go on with a new optimizer."""
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:  # they have files of their own
+            return
+        if missing := [name for name in (OPTIMIZER_NAME, SCHEDULER_NAME) if not (checkpoint / name).is_file()]:
+            raise ValueError(
+                f"The checkpoint `{checkpoint}` has no {' and no '.join(map(repr, missing))}, so that training would go on "
+                "with a new optimizer. (Was it saved with `save_only_model=True`?) Resume from a checkpoint that has them, or "
+                "begin a new run with its weights as `model`."
+            )
 
     def _remove_earlier_run(self) -> None:
         """Remove weights and checkpoints from `output_dir`: left behind, they would be loaded or resumed for this run's."""
@@ -143,22 +187,79 @@ class ExtensionTrainer(_Trainer):
                 shutil.rmtree(path)
 
     def _extension_state(self) -> dict[str, Any]:
-        """State beyond the Trainer's that a resumed run needs, as JSON; extended by methods that keep any."""
-        return {"num_tokens": self._total_train_tokens}
+        """State beyond the Trainer's that a resumed run needs, as JSON. Call it on all processes: it gathers."""
+        means = self.__dict__.get("_sums", {}).get("train", {})
+        state = {
+            "num_tokens": self._total_train_tokens,
+            # Of the steps since the last log, where the checkpoint lies between two
+            "last_logged": self._globalstep_last_logged,
+            "metrics": dict(self._metrics["train"]),
+            # ... of each process
+            "loss": self.accelerator.gather(self._tr_loss[None]).tolist(),
+            "means": {name: self.accelerator.gather(value[None]).tolist() for name, value in means.items()},
+        }
+        if isinstance(self.train_dataset, IterableDataset):
+            # Passes over the stream, and micro-batches of the next one; an epoch there are all the steps of the run
+            passes, part = divmod(self.state.epoch, 1)
+            batches = self.state.max_steps * self.args.gradient_accumulation_steps
+            state["stream"] = [int(passes), round(part * batches)]
+        return state
+
+    def _save_extension_state(self, checkpoint: Path, state: dict[str, Any]) -> None:
+        """Hook: write what a resumed run needs into a checkpoint, on the process that saves; `state` is as JSON."""
+        (checkpoint / _STATE_FILE).write_text(json.dumps(state))
 
     def _load_extension_state(self, checkpoint: Path) -> None:
+        """Hook: take it from a checkpoint, on all processes, before training begins."""
         path = checkpoint / _STATE_FILE
-        if path.is_file():  # absent when the checkpoint was written by another trainer, e.g. `trl.SFTTrainer`
-            self._total_train_tokens = json.loads(path.read_text())["num_tokens"]
+        if not path.is_file():  # the checkpoint was written by another trainer, e.g. `trl.SFTTrainer`
+            return
+        state = json.loads(path.read_text())
+        self._total_train_tokens = state["num_tokens"]
+        if "stream" in state:
+            self._resumed_state["stream"] = state["stream"]
+        # With another number of processes, the next log is of the steps after the checkpoint
+        if len(state.get("loss", [])) == self.accelerator.num_processes:
+            process = self.accelerator.process_index
+            self._resumed_state |= {"last_logged": state["last_logged"], "loss": state["loss"][process]}
+            self._metrics["train"].clear()
+            self._metrics["train"].update(state["metrics"])
+            means = {
+                name: torch.tensor(each[process], device=self.args.device) for name, each in state["means"].items()
+            }
+            self.__dict__.setdefault("_sums", {"train": {}, "eval": {}})["train"] = means
+
+    def _init_training_state(self, *args, **kwargs):
+        """As in transformers, which takes all the passes over a stream for one: it would skip batches of the first alone."""
+        position = super()._init_training_state(*args, **kwargs)
+        if "stream" in self._resumed_state and not self.args.ignore_data_skip:
+            return tuple(self._resumed_state["stream"])
+        return position
+
+    def _run_epoch(self, *args, **kwargs):
+        """As in transformers, which takes one more step when resumed at the end, and forgets the loss since the last log."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        if "last_logged" in self._resumed_state:  # after the loop has begun to count anew
+            self._globalstep_last_logged = self._resumed_state.pop("last_logged")
+            self._tr_loss += self._resumed_state["loss"]
+            self._total_loss_scalar -= self._resumed_state["loss"]  # `train_loss` is of the steps of this call
+        super()._run_epoch(*args, **kwargs)
 
     def _save_checkpoint(self, model, trial):
         checkpoint = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+        state = self._extension_state()
         if self.args.should_save:
             checkpoint.mkdir(parents=True, exist_ok=True)
             # A stale marker of completeness must not vouch for files that are about to be written anew
-            (checkpoint / "trainer_state.json").unlink(missing_ok=True)
-            (checkpoint / _STATE_FILE).write_text(json.dumps(self._extension_state()))
+            (checkpoint / TRAINER_STATE_NAME).unlink(missing_ok=True)
+            self._save_extension_state(checkpoint, state)
         super()._save_checkpoint(model, trial)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()  # what is written next vouches for the files of all processes
 
     # ---------------------------------------------------------------- metrics
 
@@ -184,6 +285,14 @@ class ExtensionTrainer(_Trainer):
                 if count:
                     self._metrics[mode][name] = [total / count]
         super().log(logs, start_time)
+
+    def predict(self, test_dataset, ignore_keys=None, metric_key_prefix="test"):
+        """As in transformers."""
+        output = super().predict(test_dataset, ignore_keys, metric_key_prefix)
+        # Nothing logs the metrics of a prediction: they must not be averaged into the next evaluation
+        self._metrics["eval"].clear()
+        self.__dict__.get("_sums", {}).get("eval", {}).clear()
+        return output
 
     # ---------------------------------------------------------------- model card
 
@@ -297,7 +406,7 @@ class ExtensionTrainer(_Trainer):
             },
             "versions": library_versions(),
             "peft": adapter is not None,
-            "peft_summary": _adapter_summary(adapter) if adapter is not None else None,
+            "peft_summary": adapter_summary(adapter) if adapter is not None else None,
             "quantization": _quantization_summary(quantization) if quantization is not None else None,
             "chat": bool(getattr(self.processing_class, "chat_template", None)),
             "eval_results": self._all_eval_results(),
@@ -309,11 +418,12 @@ class ExtensionTrainer(_Trainer):
 
     @classmethod
     def own_options(cls) -> list[str]:
-        """Names of the config fields that the method adds to TRL's."""
+        """Names of the config fields that the method adds to TRL's, but for those that do not change results."""
         shared = {field.name for field in fields(ExtensionConfig)}
         parents = [base for base in cls.config_class.__mro__[1:] if is_dataclass(base) and base is not ExtensionConfig]
         inherited = {field.name for base in parents for field in fields(base)}
-        return [field.name for field in fields(cls.config_class) if field.name not in shared | inherited]
+        own = [field for field in fields(cls.config_class) if field.name not in shared | inherited]
+        return [field.name for field in own if field.name not in getattr(cls.config_class, "same_result", ())]
 
     # ---------------------------------------------------------------- saving and pushing
 
@@ -425,7 +535,7 @@ def _without_folder(value: Any) -> Any:
     return Path(value).name if isinstance(value, str) and os.path.isabs(os.path.expanduser(value)) else value
 
 
-def _adapter_summary(config: Any) -> str:
+def adapter_summary(config: Any) -> str:
     """A PEFT config in a few words, e.g. `LORA, rank 16, alpha 32, on down_proj, q_proj`."""
     parts = [str(getattr(config.peft_type, "value", config.peft_type))]
     parts += [

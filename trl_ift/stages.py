@@ -10,6 +10,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from .redaction import redacted
+
 
 # Options of a training that may change when a run goes on: they do not change its result
 _MAY_CHANGE = re.compile(
@@ -40,17 +42,22 @@ def training_settings(training_args: Any) -> dict[str, Any]:
         raise ValueError(
             "`save_only_model=True`: a run that was interrupted could not go on as it would have. Drop the option."
         )
-    settings = {name: value for name, value in training_args.to_dict().items() if not _MAY_CHANGE.fullmatch(name)}
+    same_result = getattr(training_args, "same_result", ())
+    settings = {
+        name: value
+        for name, value in training_args.to_dict().items()
+        if not _MAY_CHANGE.fullmatch(name) and name not in same_result
+    }
     if options := settings.get("model_init_kwargs"):  # tokens are written nowhere
         settings["model_init_kwargs"] = {name: value for name, value in options.items() if "token" not in name}
     return settings
 
 
 def as_json(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings as they read back from a file."""
+    """Settings as they read back from a file, without tokens, keys and passwords."""
     # Sets, as in the configs of PEFT, have another order in each process
-    return json.loads(
-        json.dumps(settings, default=lambda value: sorted(value) if isinstance(value, set) else str(value))
+    return redacted(
+        json.loads(json.dumps(settings, default=lambda value: sorted(value) if isinstance(value, set) else str(value)))
     )
 
 

@@ -56,6 +56,7 @@ __all__ = [
     "FusedCausalLMOutput",
     "FusedTap",
     "LMHead",
+    "NoReference",
     "add_fused_lm_head",
     "check_trl",
     "common_prefix_length",
@@ -78,6 +79,7 @@ __all__ = [
     "share_cache_folder",
     "take_no_step",
     "tokenize",
+    "without_weight_hashes",
 ]
 
 # Minor releases the test suite was run against
@@ -468,6 +470,10 @@ def _with_pair_mean_hook(function: Callable) -> Callable:
 dpo_compute_loss = _with_pair_mean_hook(DPOTrainer._compute_loss)
 
 
+class NoReference(torch.nn.Module):
+    """Stands in the constructor of a `DPOTrainer` for a reference that TRL would load and nobody reads."""
+
+
 @contextmanager
 def dpo_construction(
     labelled_positions_only: bool = True,
@@ -484,6 +490,8 @@ def dpo_construction(
     original, original_hash = trainer_module.add_fused_lm_head, trainer_module.hash_module
 
     def add_head(model: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
+        if isinstance(model, NoReference):
+            return
         keep_4bit_trainable_on_cpu(model)
         original(model, *args, **kwargs, temperature=temperature)
         if labelled_positions_only:
@@ -500,6 +508,20 @@ def dpo_construction(
 
 # The same while a `KTOTrainer` is built
 kto_construction = functools.partial(dpo_construction, trainer_module=kto_trainer)
+
+
+@contextmanager
+def without_weight_hashes() -> Iterator[None]:
+    """Meanwhile TRL's trainers do not hash weights, for a cache of reference log-probs that will not be written."""
+    modules = (dpo_trainer, kto_trainer)
+    originals = [module.hash_module for module in modules]
+    for module in modules:
+        module.hash_module = lambda model: ""
+    try:
+        yield
+    finally:
+        for module, original in zip(modules, originals, strict=True):
+            module.hash_module = original
 
 
 def share_cache_folder(dataset: Dataset) -> None:

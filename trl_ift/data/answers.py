@@ -14,4 +14,5 @@ def extract_answer(reply: str) -> str | None:
     if not numbers:
         return None
     number = Decimal(numbers[-1].replace(",", ""))
-    return str(int(number)) if number == int(number) else str(number)
+    # Not by way of `int`, which refuses numbers of thousands of digits
+    return f"{number.to_integral_value():f}" if number == number.to_integral_value() else str(number)

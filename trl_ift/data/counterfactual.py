@@ -42,6 +42,7 @@ from ..scripts.train import usage_error
 from .caching import versioned
 from .generation import generate_completions
 from .pairs import NoPairsError, describe_dropped
+from .rows import check_text
 
 
 # Variant -> (prompt of the row, chosen, rejected): of the plain prompt, with the desired, with the undesired instruction
@@ -280,7 +281,8 @@ def _plain_prompts(dataset: Dataset, position: str | None) -> tuple[Dataset, str
     texts = isinstance(dataset[0]["prompt"], str)
     position = position or ("user_prefix" if texts else "system")
     for index, prompt in enumerate(dataset["prompt"]):
-        if not prompt or isinstance(prompt, str) != texts or not (texts or isinstance(prompt[0], dict)):
+        of_messages = isinstance(prompt, list) and all(isinstance(message, dict) for message in prompt)
+        if not prompt or isinstance(prompt, str) != texts or not (texts or of_messages):
             raise TypeError(
                 f"`dataset`, row {index}: the prompts must all be strings, or all be lists of {{'role', 'content'}} messages, "
                 f"and not empty; this one is {prompt!r:.80}. Mend or drop the row."
@@ -290,6 +292,7 @@ def _plain_prompts(dataset: Dataset, position: str | None) -> tuple[Dataset, str
                 f"`dataset`, row {index}: a message has a content of parts, found {prompt!r:.80}. An instruction is written "
                 "into texts: make the contents strings."
             )
+        check_text(prompt, f"`dataset`, row {index}", "prompt")
         if not texts and position != "system" and not any(message["role"] == "user" for message in prompt):
             raise ValueError(
                 f"`dataset`, row {index}: no message of the user for `style_position={position!r}`. Set 'system', or drop it."
@@ -334,7 +337,9 @@ def _by_prompt(answers: Dataset, name: str) -> dict[int, list[dict[str, Any]]]:
             "`generate_completions` writes them."
         )
     found = defaultdict(list)
-    for row in answers:
+    for number, row in enumerate(answers):
+        if row["completion"] not in ("", []):
+            check_text(row["completion"], f"the answers {name!r}, row {number}", "completion")
         found[row["prompt_index"]].append(row)
     return found
 

@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from trl import maybe_extract_prompt
 
 from .caching import versioned
+from .rows import check_texts
 
 
 EMBEDDING = "prompt_embedding"
@@ -76,6 +77,7 @@ def embed_prompts(
             f"`dataset` has the columns {dataset.column_names}; expected 'prompt', or 'chosen' and 'rejected' that begin with "
             "it."
         )
+    check_texts(dataset, "dataset", keys)
     texts = [
         prompt_text(maybe_extract_prompt(row)["prompt"]) for row in dataset.with_format(None).select_columns(keys)
     ]

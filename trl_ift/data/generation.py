@@ -47,6 +47,7 @@ from .inference import (
     sequence_log_probs,
     tokenizer_digest,
 )
+from .rows import check_text
 from .shards import (
     MANIFEST,
     check_manifest,
@@ -289,7 +290,14 @@ def load_completions(folder: str | os.PathLike) -> Dataset:
             f"The completions in `{folder}` are incomplete: the run that generated them was interrupted. Run it again with "
             "the same arguments to finish them."
         )
-    return _load_shards(folder, manifest["shards"])
+    shards = manifest.number("shards", 1)
+    missing = next((shard for shard in range(shards) if not shard_path(folder, shard).is_file()), None)
+    if missing is not None:
+        raise ValueError(
+            f"The completions in `{folder}` are incomplete: `{shard_path(folder, missing).name}` is missing. Generate them "
+            "anew, in another folder."
+        )
+    return _load_shards(folder, shards)
 
 
 # ---------------------------------------------------------------- model and tokenizer
@@ -381,6 +389,7 @@ def _prompt_of(row: dict[str, Any], index: int) -> str | list[dict[str, Any]]:
             f"`dataset`, row {index}: the prompt must be a string or a list of {{'role', 'content'}} messages, and not "
             f"empty; it is {prompt!r:.80}. Mend or drop the row."
         )
+    check_text(prompt, f"`dataset`, row {index}", "prompt")
     return prompt
 
 

@@ -25,6 +25,7 @@ from ..scripts.train import usage_error
 from ..trl_internals import common_prefix_length, tokenize
 from .generation import load_completions, tokenize_prompt
 from .inference import tokenizer_digest
+from .rows import check_text, check_texts
 from .shards import read_manifest
 
 
@@ -93,12 +94,13 @@ def count_pairs(
         processing_class = AutoTokenizer.from_pretrained(processing_class)
     if not isinstance(completions, Dataset):
         folder, completions = completions, load_completions(completions)
-        expected, found = read_manifest(folder)["settings"]["tokenizer"], tokenizer_digest(processing_class)
+        expected, found = read_manifest(folder).part("settings")["tokenizer"], tokenizer_digest(processing_class)
         if found != expected:
             raise ValueError(
                 f"The completions in `{folder}` are of a tokenizer with the digest {expected}, that of `processing_class` is "
                 f"{found}: vocabulary, end of sequence or chat template differ. Pass the tokenizer that generated them."
             )
+    completions = completions.with_format(None)
     reasons = _why_dropped(dataset, completions, processing_class, drop_truncated)
     dropped = Counter(reason for reason in reasons if reason is not None)
     counts = {
@@ -152,6 +154,7 @@ def _why_dropped(
         )
     reasons: list[str | None] = []
     for number, row in enumerate(completions):
+        _check_completion(row, number)
         index = row["prompt_index"]
         real = dataset[index] if index < len(dataset) else None
         if real is None or _messages_as_given(real["prompt"]) != _messages_as_given(row["prompt"]):
@@ -176,6 +179,22 @@ def _why_dropped(
             else None
         )  # fmt: skip
     return reasons
+
+
+def _check_completion(row: dict[str, Any], number: int) -> None:
+    """Raise unless a generated answer is what `generate_completions` writes."""
+    where = f"`completions`, row {number}"
+    for column in ("prompt", "completion"):
+        check_text(row[column], where, column)
+    for column in ("prompt_ids", "completion_ids"):
+        ids = row[column]
+        if not isinstance(ids, list) or not ids or not all(isinstance(i, int) and i >= 0 for i in ids):
+            raise ValueError(
+                f"{where}: column '{column}' must hold token ids, found {ids!r:.60}. Generate the answers anew."
+            )
+    for column, kind in (("prompt_index", int), ("truncated", bool)):
+        if not isinstance(row[column], kind) or row[column] < 0:
+            raise ValueError(f"{where}: column '{column}' holds {row[column]!r:.60}. Generate the answers anew.")
 
 
 def _pair(row: dict[str, Any], real: Dataset, tokenizer: Any, end_ids: set[int]) -> dict[str, Any]:
@@ -229,12 +248,14 @@ def first_turns(dataset: Dataset) -> Dataset:
     dataset = dataset.with_format(None)
     extra = [name for name in ("tools", "chat_template_kwargs") if name in dataset.column_names]
     if {"prompt", "completion"} <= set(dataset.column_names):
+        check_texts(dataset, "dataset", ["prompt", "completion"])
         return dataset.select_columns(["prompt", "completion", *extra])
     if "messages" not in dataset.column_names:
         raise ValueError(
             f"`dataset` has the columns {sorted(dataset.column_names)}: self-play needs prompts. Expected 'prompt' and "
             "'completion', or 'messages'."
         )
+    check_texts(dataset, "dataset", ["messages"])
     return dataset.select_columns(["messages", *extra]).map(
         _first_turn, with_indices=True, remove_columns="messages", load_from_cache_file=False, desc="First turns"
     )

@@ -34,6 +34,7 @@ from .inference import (
     sequence_log_probs,
     tokenizer_digest,
 )
+from .rows import check_implicit_prompts
 
 
 # Pairs between two steps of the progress bar
@@ -144,6 +145,8 @@ def check_references(
             f"`{name}` has token ids and no texts, which another model could not read. Add the columns 'prompt', 'chosen' and "
             "'rejected', or the columns of `score_references`."
         )
+    if "prompt" not in row:
+        check_implicit_prompts(dataset, name)
     if present := [column for column in reference_columns(1) if column in row]:
         raise ValueError(f"`{name}` has the column '{present[0]}' already. Remove it to score the pairs again.")
     found = []

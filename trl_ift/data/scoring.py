@@ -52,6 +52,7 @@ from .inference import (
     sequence_log_probs,
     tokenizer_digest,
 )
+from .rows import check_text
 from .shards import (
     MANIFEST,
     check_manifest,
@@ -210,11 +211,8 @@ class Scorer:
         self.options = self.options.resolved(rows[0])  # by the first row of the first call
         prepared = _prepare(rows, self.tokenizer, self.options)
         for index, row in enumerate(prepared):
-            if row is not None and max(row[0], default=0) >= self.vocabulary:
-                raise ValueError(
-                    f"row {index} has the token id {max(row[0])}, and the model has {self.vocabulary} tokens. The tokenizer "
-                    "(or the one that the dataset was tokenized with) is another model's."
-                )
+            for ids, least in zip(row or (), (0, -100), strict=False):
+                _check_ids(ids, index, self.vocabulary, least)
         sequences = [row if row is None else self._sequence(*row) for row in prepared]
         counts = [0 if row is None else int(sum(label != -100 for label in row[1][1:])) for row in sequences]
         found: list[dict[str, Any]] = [
@@ -394,7 +392,9 @@ def load_scores(folder: str | os.PathLike) -> Dataset:
     manifest = read_manifest(folder)
     if manifest.get("format") != _FORMAT:
         raise ValueError(f"The {MANIFEST} in `{folder}` is not one of `score_dataset` (or of another version).")
-    rows, shard_size = manifest["settings"]["rows"], manifest["settings"]["shard_size"]
+    settings = manifest.part("settings")
+    shard_size = settings.number("shard_size", 1)
+    rows = None if settings["rows"] is None else settings.number("rows")
     if rows is None and (folder / _ROWS).is_file():
         rows = json.loads((folder / _ROWS).read_text())["rows"]
     again = "Run the scoring again with the same arguments to finish them."
@@ -465,6 +465,7 @@ def _prepare(
             try:
                 _prepare_all([row], tokenizer, options)
             except Exception as error:
+                _check_columns(row, index, options)
                 raise ValueError(
                     f"row {index}: TRL cannot prepare it ({type(error).__name__}: {error}). Mend or drop the row: "
                     f"{str(dict(row))[:200]}"
@@ -473,6 +474,20 @@ def _prepare(
             "TRL can prepare these rows one by one but not together: rows of different kinds (texts, messages, token ids) must "
             "not be mixed in one dataset. Convert them to one kind."
         ) from None
+
+
+def _check_columns(row: Mapping[str, Any], index: int, options: RowOptions) -> None:
+    """Raise if texts or messages are what is wrong with a row."""
+    if "input_ids" in row:
+        return
+    names = [name for name in ("prompt", "completion", "messages", options.dataset_text_field) if name in row]
+    if not names and "conversations" not in row:
+        raise ValueError(
+            f"row {index} has no text: its columns are {list(row)}. Expected 'prompt' and 'completion', 'messages' or "
+            f"'{options.dataset_text_field}'."
+        )
+    for name in names:
+        check_text(row[name], f"row {index}", name)
 
 
 def _prepare_all(
@@ -500,6 +515,20 @@ def _prepare_all(
             )
         found[row[_INDEX]] = (ids, labels)
     return found
+
+
+def _check_ids(ids: Sequence[int], index: int, vocabulary: int, least: int) -> None:
+    """Raise unless these are tokens of the model, or labels, among which -100 is none."""
+    numbers = np.asarray(ids)
+    if numbers.size and numbers.dtype.kind not in "iuO":  # O: integers that are too large for an array
+        raise TypeError(f"row {index} has token ids that are no integers: {list(ids)[:3]}. Mend or drop the row.")
+    wrong = [token for token in (min(ids, default=0), max(ids, default=0)) if not least <= token < vocabulary]
+    if wrong or (numbers.size and ((numbers < 0) & (numbers != -100)).any()):
+        found = wrong[0] if wrong else int(numbers[(numbers < 0) & (numbers != -100)][0])
+        raise ValueError(
+            f"row {index} has the token id {found}, and the model has {vocabulary} tokens. The tokenizer (or the one that the "
+            "dataset was tokenized with) is another model's."
+        )
 
 
 def _first_label(labels: Sequence[int]) -> int:

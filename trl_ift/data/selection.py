@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from datasets import Dataset, IterableDataset
 from datasets.exceptions import DatasetGenerationError
 
+from ..redaction import redacted
 from ..scripts.data import load_split
 from ..scripts.tools import add_dataset_options, run_tool
 from ..scripts.train import usage_error
@@ -111,7 +112,7 @@ def write_selection(
         **({"normalize": normalize} if selection == "lobass" else {}),
         **({"band": band} if selection == "perplexity" else {}),
         **({"seed": seed} if selection == "random" else {}),
-        **(settings or {}),
+        **redacted(settings or {}),
         "rows": len(initial),
         "selected": len(chosen),
         "dropped": dropped,

@@ -7,7 +7,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 
 MANIFEST = "manifest.json"
@@ -21,7 +21,8 @@ def write_file(path: Path, data: bytes, keep_existing: bool = False) -> None:
     # Unique, so that two processes that write the same file do not mix
     scratch = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
     try:
-        with open(scratch, "wb") as file:
+        scratch.unlink(missing_ok=True)
+        with open(scratch, "xb") as file:  # not through a link that someone has put there
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -61,13 +62,49 @@ def _is_running(process: str) -> bool:
     return True
 
 
-def read_manifest(folder: str | os.PathLike) -> dict[str, Any]:
+class Manifest(dict[str, Any]):
+    """What a manifest says, or a part of it: what it lacks, or says in another type, raises `ValueError` with its path."""
+
+    path: Path
+
+    def __missing__(self, name: str) -> NoReturn:
+        raise _damaged(self.path, f"it lacks {name!r}")
+
+    def number(self, name: str, least: int = 0) -> int:
+        """The integer called `name`, at least `least`."""
+        value = self[name]
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise _damaged(self.path, f"{name!r} is {value!r:.40}, expected an integer of at least {least}")
+        return value
+
+    def part(self, name: str) -> "Manifest":
+        """The mapping called `name`."""
+        value = self[name]
+        if not isinstance(value, Manifest):
+            raise _damaged(self.path, f"{name!r} is no mapping")
+        return value
+
+
+def _damaged(path: Path, reason: Any) -> ValueError:
+    return ValueError(f"`{path}` is damaged ({reason}). Delete the folder, or choose another.")
+
+
+def read_manifest(folder: str | os.PathLike) -> Manifest:
     """Return what `manifest.json` says: how the shards were made, and what is known of their number and totals."""
     path = Path(folder) / MANIFEST
+
+    def mapping(values: dict[str, Any]) -> Manifest:
+        found = Manifest(values)
+        found.path = path
+        return found
+
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"`{path}` is damaged ({error}). Delete the folder, or choose another.") from None
+        manifest = json.loads(path.read_text(encoding="utf-8"), object_hook=mapping)
+    except (ValueError, RecursionError) as error:
+        raise _damaged(path, error) from None
+    if not isinstance(manifest, Manifest):
+        raise _damaged(path, f"it holds a {type(manifest).__name__}")
+    return manifest
 
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any], keep_existing: bool = False) -> None:
@@ -98,8 +135,8 @@ def check_manifest(folder: Path, format_: Any, settings: Mapping[str, Any], what
             f"`output_dir='{folder}'` holds a {MANIFEST} that this version of the library did not write for {what}. Choose "
             "another `output_dir`."
         )
-    found = manifest["settings"]
-    differing = [f"{name}={found.get(name)!r} (now {v!r})" for name, v in settings.items() if found.get(name) != v]
+    known = manifest.part("settings")
+    differing = [f"{name}={known.get(name)!r} (now {v!r})" for name, v in settings.items() if known.get(name) != v]
     if differing:
         raise ValueError(
             f"`output_dir='{folder}'` holds {what} that were made with {', '.join(differing)}. Choose another `output_dir`, "
@@ -111,7 +148,7 @@ def claim_shards(folder: Path, manifest: Mapping[str, Any], what: str) -> None:
     """Write the manifest of shards, or, where there is one, warn if their library versions differ; `what`: as above."""
     folder.mkdir(parents=True, exist_ok=True)
     write_manifest(folder, manifest, keep_existing=True)
-    if differing := differing_versions(read_manifest(folder)["versions"], manifest["versions"]):
+    if differing := differing_versions(read_manifest(folder).part("versions"), manifest["versions"]):
         warnings.warn(
             f"The first {what} in '{folder}' were made with {differing}: the rest may not be what an uninterrupted run would "
             "have given."

@@ -47,6 +47,7 @@ from .inference import (
     token_log_probs,
     tokenizer_digest,
 )
+from .rows import check_implicit_prompts
 from .shards import check_manifest, claim_shards, remove_scratch_files, wait_until, write_file
 
 
@@ -326,6 +327,8 @@ def _check_dataset(dataset: Any, prompts: Any) -> None:
             "be stored with `Dataset.from_generator`."
         )
     check_preference_dataset(dataset, "dataset")
+    if not {"prompt", "prompt_ids"} & set(dataset.column_names):
+        check_implicit_prompts(dataset, "dataset")
     if present := [column for column in COLUMNS if column in dataset.column_names]:
         raise ValueError(f"`dataset` has the column '{present[0]}' already. Remove it to estimate the weights again.")
     if prompts is not None and not {"chosen", "rejected"} <= set(dataset.column_names):

@@ -26,6 +26,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..checks import check_range
+from .rows import check_text
 
 
 Messages = list[dict[str, Any]]
@@ -120,13 +121,17 @@ def _row(tree: Mapping[str, Any], **columns: Any) -> dict[str, Any]:
 
 def _checked(tree: Mapping[str, Any]) -> tuple[Messages, list[dict[str, Messages]]]:
     """The prompt and the turns of a tree, as messages."""
+    if not isinstance(tree, Mapping):
+        raise TypeError(
+            f"A tree must be a mapping with 'prompt' and 'turns', found {str(tree)[:80]!r} ({type(tree).__name__})."
+        )
     where = f"The tree {tree['tree_id']!r}" if "tree_id" in tree else "The tree"
     for name in ("prompt", "turns"):
         if name not in tree:
-            raise ValueError(f"{where} has no {name!r}; it has {sorted(tree)}.")
+            raise ValueError(f"{where} has no {name!r}; it has {list(tree)}.")
     if not isinstance(tree["turns"], Sequence) or isinstance(tree["turns"], str) or not tree["turns"]:
         raise ValueError(f"{where}: 'turns' must be a list of one turn or more, found {tree['turns']!r}.")
-    prompt = _messages(tree["prompt"], "user", f"{where}: 'prompt'")
+    prompt = _messages(tree["prompt"], "user", where, "prompt")
     turns = []
     for index, turn in enumerate(tree["turns"]):
         if not isinstance(turn, Mapping):
@@ -136,7 +141,7 @@ def _checked(tree: Mapping[str, Any]) -> tuple[Messages, list[dict[str, Messages
             )
         if missing := [name for name in ("chosen", "rejected") if not turn.get(name)]:
             raise ValueError(
-                f"{where}, turn {index}, has no {' and no '.join(map(repr, missing))}; it has {sorted(turn)}."
+                f"{where}, turn {index}, has no {' and no '.join(map(repr, missing))}; it has {list(turn)}."
             )
         if index + 1 < len(tree["turns"]) and not turn.get("feedback"):
             raise ValueError(
@@ -144,20 +149,22 @@ def _checked(tree: Mapping[str, Any]) -> tuple[Messages, list[dict[str, Messages
                 "what the environment or a critic said."
             )
         found = {
-            name: _messages(turn[name], "assistant", f"{where}, turn {index}: {name!r}")
-            for name in ("chosen", "rejected")
+            name: _messages(turn[name], "assistant", f"{where}, turn {index}", name) for name in ("chosen", "rejected")
         }
         if found["chosen"] == found["rejected"]:
             raise ValueError(f"{where}, turn {index}: 'chosen' and 'rejected' are the same. Drop the turn.")
         feedback = turn.get("feedback")
-        found["feedback"] = _messages(feedback, "user", f"{where}, turn {index}: 'feedback'") if feedback else []
+        found["feedback"] = _messages(feedback, "user", f"{where}, turn {index}", "feedback") if feedback else []
         turns.append(found)
     return prompt, turns
 
 
-def _messages(value: Any, role: str, where: str) -> Messages:
+def _messages(value: Any, role: str, where: str, column: str) -> Messages:
     if isinstance(value, str):
-        return [{"role": role, "content": value}]
+        value = [{"role": role, "content": value}]
     if isinstance(value, list) and value and all(isinstance(m, Mapping) and "role" in m for m in value):
+        check_text(value, where, column)
         return [dict(message) for message in value]
-    raise TypeError(f"{where} must be a text or a list of {{'role', 'content'}} messages, found {value!r}.")
+    raise TypeError(
+        f"{where}: {column!r} must be a text or a list of {{'role', 'content'}} messages, found {value!r}."
+    )

@@ -10,6 +10,7 @@ import json
 import logging
 import math
 import os
+import sys
 from collections import Counter
 from collections.abc import Mapping
 from functools import partial
@@ -142,6 +143,9 @@ def triple_of(
     seed: int = 0,
 ) -> dict[str, Any] | str:
     """Return `reference`, `chosen`, `rejected` and their scores for one row, or why it is dropped. See `build_triples`."""
+    wanted = ("prompt", responses_column, scores_column, *([gold_column] if gold_column else []))
+    if missing := [column for column in wanted if column not in row]:
+        raise ValueError(f"the row lacks {' and '.join(map(repr, missing))}; its columns are {list(row)}.")
     prompt = row["prompt"]
     if not isinstance(prompt, str) and not _is_messages(prompt):
         raise TypeError(
@@ -212,10 +216,13 @@ def _rank(responses: Any, scores: Any, chat: bool, columns: tuple[str, str]) -> 
             raise TypeError(
                 f"'{columns[1]}' must hold numbers, found {_shorten(score, 60)} ({type(score).__name__}). Convert them."
             )
-        if value is None or score is None or math.isnan(score):
+        if value is None or score is None or score != score:
             continue
-        if math.isinf(score):
-            raise ValueError(f"'{columns[1]}' holds {score}. Scores must be finite; null stands for a missing one.")
+        if abs(score) > sys.float_info.max:  # integers may be too
+            found_score = _shorten(score, 60)
+            raise ValueError(
+                f"'{columns[1]}' holds {found_score}. Scores must be finite; null stands for a missing one."
+            )
         found.setdefault(_key(value), (value, []))[1].append(float(score))
     distinct = [_Response(value, key, mean(values)) for key, (value, values) in found.items()]
     return sorted(distinct, key=lambda response: -response.score)

@@ -15,6 +15,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from ..redaction import TOKEN, redacted
+
 
 _TEMPLATE = Path(__file__).with_name("model_card.md")
 _LIBRARIES = {
@@ -34,7 +36,6 @@ _BADGES = {
 
 _DATA_FILES = {".json", ".jsonl", ".csv", ".parquet", ".txt", ".arrow"}
 
-_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{16,}")
 # The first alternative consumes addresses, so that the second, the only group, finds no path inside them
 _ABSOLUTE_PATH = re.compile(
     r"\b(?!file:)[a-z][a-z0-9+.-]+://[^\s)>\"'|`]*"
@@ -76,6 +77,8 @@ def build_model_card(
     citation: str | None = None,
     peft: bool = False,
     peft_summary: str | None = None,
+    merged_adapter: str | None = None,
+    merged_dtype: str | None = None,
     quantization: str | None = None,
     chat: bool = True,
     eval_results: Sequence[EvalResult] = (),
@@ -106,6 +109,8 @@ def build_model_card(
         citation: Its BibTeX entry.
         peft: Whether the model is a PEFT adapter.
         peft_summary: The adapter in a few words, e.g. `"LoRA, rank 16, alpha 32"`.
+        merged_adapter: Name or Hub id of the adapter that was merged into the base model to make this one.
+        merged_dtype: dtype of the merged weights.
         quantization: The quantization of the base model in a few words.
         chat: Whether the tokenizer has a chat template; decides the example's input.
         eval_results: Results for the table and the metadata (there, only finite numbers and strings).
@@ -165,6 +170,8 @@ def build_model_card(
         reward=pipeline_tag == "text-classification",
         peft=peft,
         peft_summary=peft_summary,
+        merged_adapter=_hub_link(_printable(merged_adapter)) if merged_adapter else None,
+        merged_dtype=merged_dtype,
         quantization=quantization,
         trackers=[(f"Visualize in {name}", _BADGES[name], url) for name, url in urls.items() if url],
         paper_title=paper_title,
@@ -186,7 +193,7 @@ def build_model_card(
         ],
         versions=list(versions.items()),
     )
-    return ModelCard(_TOKEN.sub("hf_***", text))
+    return ModelCard(redacted(text))
 
 
 def check_model_card(card: ModelCard) -> list[str]:
@@ -195,7 +202,7 @@ def check_model_card(card: ModelCard) -> list[str]:
     `ModelCard.validate` asks the Hub; this check works offline and also reads the text.
     """
     content = str(card)
-    problems = [f"contains what looks like an access token: {found[:6]}..." for found in _TOKEN.findall(content)]
+    problems = [f"contains what looks like an access token: {found[0][:6]}..." for found in TOKEN.finditer(content)]
     paths = dict.fromkeys(path for path in _ABSOLUTE_PATH.findall(content) if path)
     problems += [f"contains an absolute path of the machine: {path}" for path in paths]
     for text, target in _LINK.findall(content):
@@ -255,6 +262,11 @@ def _is_namespaced(name: str) -> bool:
     return name.count("/") == 1 and is_hub_id(name) and PurePath(name).suffix not in _DATA_FILES
 
 
+def _hub_link(name: str) -> str:
+    """A link to a model on the Hub, or a local name as it is."""
+    return f"[{name}](https://huggingface.co/{name})" if _is_namespaced(name) else f"`{name}`"
+
+
 def _printable(value: Any) -> str:
     """`value` as text, with absolute paths cut down to their last component."""
     return _ABSOLUTE_PATH.sub(lambda match: PureWindowsPath(match[1]).name if match[1] else match[0], str(value))
@@ -264,7 +276,8 @@ def _cell(value: Any) -> str:
     """`value` as the content of a table cell."""
     if isinstance(value, float):
         value = f"{value:.6g}"
-    return _printable(value).replace("|", r"\|").replace("\n", " ").replace("`", "'")
+    text = " ".join(_printable(value).splitlines())  # a carriage return ends a line of Markdown too
+    return text.replace("|", r"\|").replace("`", "'")
 
 
 def _plain_result(result: EvalResult) -> EvalResult:

@@ -36,6 +36,7 @@ from ..data.inference import own_device
 from ..data.scoring import row_hash
 from ..data.shards import (
     MANIFEST,
+    Manifest,
     check_manifest,
     claim_shards,
     read_manifest,
@@ -162,13 +163,14 @@ def load_codes(folder: str | os.PathLike) -> np.ndarray:
         ValueError: The folder holds none, or some are missing or damaged.
     """
     folder = Path(folder).expanduser()
-    manifest = read_manifest(folder) if (folder / MANIFEST).is_file() else {}
+    manifest = read_manifest(folder) if (folder / MANIFEST).is_file() else Manifest()
     if manifest.get("format") != _CODES_FORMAT:
         raise ValueError(f"`{folder}` holds no codes. Give the folder that was `output_dir` of `encode_dataset`.")
-    settings = manifest["settings"]
-    codes = np.empty((settings["rows"], settings["latent_dim"]), dtype=np.float32)
-    for shard, start in enumerate(range(0, len(codes), settings["shard_size"])):
-        path, rows = shard_path(folder, shard), codes[start : start + settings["shard_size"]]
+    settings = manifest.part("settings")
+    shard_size = settings.number("shard_size", 1)
+    codes = np.empty((settings.number("rows"), settings.number("latent_dim", 1)), dtype=np.float32)
+    for shard, start in enumerate(range(0, len(codes), shard_size)):
+        path, rows = shard_path(folder, shard), codes[start : start + shard_size]
         if not path.is_file():
             raise ValueError(
                 f"The codes in `{folder}` are incomplete: `{path.name}` is missing. Run the encoding again with the same "
@@ -368,8 +370,8 @@ def load_weighted_pairs(folder: str | os.PathLike) -> Dataset:
         ValueError: The folder holds none, or the run that wrote them was interrupted.
     """
     folder = Path(folder).expanduser()
-    manifest = read_manifest(folder) if (folder / MANIFEST).is_file() else {}
-    if manifest.get("format") != _PAIRS_FORMAT or not manifest["complete"]:
+    manifest = read_manifest(folder) if (folder / MANIFEST).is_file() else Manifest()
+    if manifest.get("format") != _PAIRS_FORMAT or not manifest.get("complete"):
         raise ValueError(
             f"`{folder}` holds no weighted pairs, or they are incomplete. Give the folder that was `output_dir` of "
             "`weigh_pairs`, or run that again with the same arguments."
@@ -391,7 +393,7 @@ def _write_result(folder: Path, result: Dataset, settings: dict[str, Any], summa
 
 def _is_finished(folder: Path, settings: dict[str, Any]) -> bool:
     """Whether a folder holds the result of these settings."""
-    manifest = read_manifest(folder) if (folder / MANIFEST).is_file() else {}
+    manifest = read_manifest(folder) if (folder / MANIFEST).is_file() else Manifest()
     return bool(manifest.get("complete")) and manifest["settings"] == settings
 
 

@@ -157,6 +157,7 @@ class FPOTrainer(PreferenceTrainer):
     config_class = FPOConfig
     method = "fpo"
     card_options = ("beta",)
+    reads_hidden_states = True
     _tag_names = ["trl", "trl-ift", "fpo"]  # noqa: RUF012
     _name = "FPO"
     _paper = arxiv_paper(

@@ -15,6 +15,7 @@ from datasets import Dataset, IterableDataset, concatenate_datasets
 
 from ..checks import check_range
 from ..data.caching import versioned
+from ..data.rows import check_text
 from ..trl_internals import global_then_local_main_first
 from .collator import Branch, Column, PreferenceCollator
 from .trainer import REF_COLUMNS, PreferenceBatch, PreferenceTrainer, prompt_and_response_ids
@@ -84,6 +85,9 @@ def _check_row(
             f"{where}: 'completions' must be a list of {'strings' if text else 'lists of messages'}, as 'prompt' is, "
             f"found prompt {prompt!r}, completions {completions!r}."
         )
+    check_text(prompt, where, "prompt")
+    for completion in completions:
+        check_text(completion, where, "completions")
     REWARDS.check(rewards, where)
     if len(completions) != len(rewards) or len(completions) < 2:
         raise ValueError(

@@ -300,6 +300,7 @@ class SelfSupervisedPOTrainer(PreferenceTrainer):
     config_class = SelfSupervisedPOConfig
     method = "self-supervised-po"
     card_options = ("loss_type", "beta")
+    reads_hidden_states = True
     key_phrases: Callable[[str], list[Span]] = staticmethod(rake)
     _tag_names = ["trl", "trl-ift", "self-supervised-po"]  # noqa: RUF012
     _name = "SPO-style"
@@ -452,13 +453,11 @@ class SelfSupervisedPOTrainer(PreferenceTrainer):
             optimizer.add_param_group({"params": list(self._head.parameters()), **options})
         return optimizer
 
-    def _save_checkpoint(self, model, trial):
-        if self._head is not None and self.args.should_save:
-            checkpoint = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
-            checkpoint.mkdir(parents=True, exist_ok=True)
+    def _save_extension_state(self, checkpoint: Path, state: dict[str, Any]) -> None:
+        super()._save_extension_state(checkpoint, state)
+        if self._head is not None:
             values = {name: value.tolist() for name, value in self._head.state_dict().items()}
             (checkpoint / _STATE_FILE).write_text(json.dumps(values))
-        super()._save_checkpoint(model, trial)
 
     def _load_extension_state(self, checkpoint: Path) -> None:
         super()._load_extension_state(checkpoint)

@@ -18,21 +18,17 @@ Without a `pair_loss` of its own it is DPO with TRL's losses (`loss_type`), weig
 https://huggingface.co/papers/2305.18290.
 """
 
-import copy
 import json
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow.compute as pc
 import torch
 import torch.nn.functional as F
-from accelerate.utils import is_peft_model
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
-from datasets.fingerprint import Hasher
 from peft import PeftConfig, PeftModel
 from transformers import (
     BitsAndBytesConfig,
@@ -43,15 +39,25 @@ from transformers import (
     ProcessorMixin,
     TrainerCallback,
 )
-from transformers.utils import logging
 from trl import DPOConfig, DPOTrainer, extract_prompt, is_conversational
 
-from ..checks import check_choice, check_peft, check_preference_dataset, check_range, check_unused
+from ..checks import (
+    check_choice,
+    check_collator,
+    check_instance,
+    check_peft,
+    check_preference_dataset,
+    check_range,
+    check_unused,
+    is_blank,
+    probe_of,
+    report_dropped,
+)
 from ..data.caching import versioned
-from ..data.fingerprint import differs_from_source
 from ..data.inference import load_tokenizer
-from ..extension import ExtensionConfig, ExtensionTrainer
-from ..hub.card import library_versions
+from ..data.rows import check_implicit_prompts
+from ..extension import ExtensionConfig
+from ..reference import ReferenceTrainer
 from ..trl_internals import (
     TRL_PAIR_LOSSES,
     FusedCausalLMOutput,
@@ -59,14 +65,12 @@ from ..trl_internals import (
     common_prefix_length,
     dpo_compute_loss,
     dpo_construction,
-    forget_fused_head,
-    get_config_model_id,
     global_then_local_main_first,
     keep_4bit_trainable_on_cpu,
-    share_cache_folder,
     tokenize,
 )
 from .collator import BRANCH_KEYS, WEIGHT, Branch, Column, PreferenceCollator, TokenColumn
+from .shared_prompt import SharedPrompts, check_shared_prompt
 
 
 REF_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
@@ -79,10 +83,6 @@ _REFERENCE_OPTIONS = (
     "precompute_ref_log_probs", "precompute_ref_batch_size", "sync_ref_model", "ref_model_mixup_alpha",
     "ref_model_sync_steps",
 )  # fmt: skip
-# Largest mean log-ratio, in nats a token, of a policy that has not been trained: rounding
-REFERENCE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.05}
-
-logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -90,14 +90,37 @@ class PreferenceConfig(ExtensionConfig, DPOConfig):
     """
     Configuration class for the [`PreferenceTrainer`].
 
-    The options are those of [`~trl.DPOConfig`]. A method's own config subclasses this one.
+    The options are those of [`~trl.DPOConfig`], and:
+
+    Parameters:
+        shared_prompt (`bool`, *optional*, defaults to `False`):
+            Whether the prompt of a pair is computed once for all of its responses. Faster where prompts are long; the
+            results are the same but for rounding.
+
+    A method's own config subclasses this one.
     """
+
+    shared_prompt: bool = field(
+        default=False,
+        metadata={"help": "Whether the prompt of a pair is computed once for all of its responses."},
+    )
+    same_result = (*ExtensionConfig.same_result, "shared_prompt")
 
     def __post_init__(self):
         check_range("beta", self.beta, 0, low_open=True)
         check_range("label_smoothing", self.label_smoothing, 0, 1)
         if self.ld_alpha is not None:
             check_range("ld_alpha", self.ld_alpha, 0, 1)
+        if self.shared_prompt and not self.disable_dropout:
+            raise ValueError(
+                "`shared_prompt=True` needs `disable_dropout=True`, TRL's default: dropout would be the same in the prompt of "
+                "both responses of a pair. Drop one of the two options."
+            )
+        if self.shared_prompt and self.neftune_noise_alpha is not None:
+            raise ValueError(
+                "`shared_prompt=True` cannot be combined with `neftune_noise_alpha`, whose noise depends on the length of a "
+                "row. Drop one of the two options."
+            )
         self._check_loss_type()
         super().__post_init__()
 
@@ -248,18 +271,20 @@ class _PairTap(FusedTap):
         branches: dict[str, dict[str, torch.Tensor]],
         weight: Any,
         token_weights: torch.Tensor | None = None,
+        shared_prompts: SharedPrompts | None = None,
     ):
         super().__init__(model)
         self.branches = branches
         self.weight = weight
         self.token_weights = token_weights
+        self.shared_prompts = shared_prompts
 
     def __call__(self, *args, **kwargs):
         if not kwargs.get("fused_lm_head") or self.output is not None:
             return self.model(*args, **kwargs)
         rows, width = kwargs["input_ids"].shape
         if not self.branches:
-            self.output = self.model(*args, **kwargs)
+            self.output = self._run(*args, **kwargs)
             return self._weighted(self.output)
         joint = max(width, *(branch["input_ids"].size(1) for branch in self.branches.values()))
         for key, padding in (("input_ids", 0), ("attention_mask", 0), ("labels", -100)):
@@ -267,7 +292,7 @@ class _PairTap(FusedTap):
             kwargs[key] = torch.cat([F.pad(part, (0, joint - part.size(1)), value=padding) for part in parts])
         # The branches may be wider, on the right (on the left are the virtual tokens of prompt learning)
         excess = joint - width
-        self.output = self.model(*args, **kwargs)
+        self.output = self._run(*args, **kwargs)
         pairs = {
             name: value[:rows, : value.size(1) - excess]
             if isinstance(value, torch.Tensor) and value.dim() == 2
@@ -275,6 +300,15 @@ class _PairTap(FusedTap):
             for name, value in self.output.items()
         }
         return self._weighted(FusedCausalLMOutput(**pairs))
+
+    def _run(self, *args, **kwargs) -> FusedCausalLMOutput:
+        """The forward pass of all rows, or one that computes the prompt of a pair once."""
+        if self.shared_prompts is None:
+            return self.model(*args, **kwargs)
+        others = [branch["pair"] for branch in self.branches.values()]
+        own = torch.arange((len(kwargs["input_ids"]) - sum(map(len, others))) // 2)
+        pair = torch.cat([own, own, *(other.to(own) for other in others)]).to(kwargs["input_ids"].device)
+        return self.shared_prompts.run(self.model, pair, *args, **kwargs)
 
     def _weighted(self, output: FusedCausalLMOutput) -> FusedCausalLMOutput:
         """The output that TRL sees, whose log-probs it adds up."""
@@ -295,25 +329,22 @@ class _PairTap(FusedTap):
         return (self.weight * per_sequence_loss).mean()
 
 
-class PreferenceTrainer(ExtensionTrainer, DPOTrainer):
+class PreferenceTrainer(ReferenceTrainer, DPOTrainer):
     """[`~trl.DPOTrainer`] with row weights, extra columns and branches, the right reference, and the library's checks.
 
     The constructor takes the arguments of [`~trl.DPOTrainer`]. Beside `prompt`, `chosen`, `rejected`, a dataset may have
     `weight` (float >= 0: the loss of a pair is multiplied by it before the mean over the pairs) and `ref_chosen_logps`,
-    `ref_rejected_logps` (summed log-probabilities of a reference of your own, used in place of a reference model).
-
-    A model that is passed in memory is its own reference, as it is: TRL would load `model.config._name_or_path` again,
-    which is another model once this one has been trained.
+    `ref_rejected_logps` (summed log-probabilities of a reference of your own, used in place of a reference model; see
+    [`~trl_ift.reference.ReferenceTrainer`]).
 
     Attributes:
         columns: Numbers per row that the method reads; declared by subclasses.
         branches: Responses beside chosen and rejected; declared by subclasses.
-        uses_reference: Whether the loss reads reference log-probabilities.
-        stores_reference: Whether they are always computed before training, so that no reference model is kept.
         scores_branches: Whether a reference that runs beside the policy scores the branches too.
         token_weights: Names of the `TokenColumn`s of chosen and rejected that the log-probabilities of their tokens are
             multiplied by, those of the policy and of the reference, wherever they are summed.
         logit_temperature: What the logits of policy and reference are divided by.
+        reads_hidden_states: Whether the method reads hidden states of its own, which `shared_prompt` would rearrange.
     """
 
     config_class: type = PreferenceConfig
@@ -321,13 +352,12 @@ class PreferenceTrainer(ExtensionTrainer, DPOTrainer):
     card_options: tuple[str, ...] = ("loss_type", "beta")
     columns: tuple[Column, ...] = ()
     branches: tuple[Branch, ...] = ()
-    uses_reference = True
-    stores_reference = False
+    ref_columns = REF_COLUMNS
     scores_branches = False
     token_weights: tuple[str, str] | None = None
     logit_temperature = 1.0
+    reads_hidden_states = False
     data_collator: Any
-    _precompute_model_hash: Any
     # TRL projects prompt and padding too, on a CPU; the tests of exact equality switch this off
     _labelled_positions_only = True
 
@@ -361,56 +391,45 @@ class PreferenceTrainer(ExtensionTrainer, DPOTrainer):
         name = type(self).__name__
         self._check_source(args, model, processing_class, quantization_config)
         check_peft(peft_config, model, name, prompt_learning=True)
+        self._shared_prompts: SharedPrompts | None = None
+        if args.shared_prompt:
+            if self.reads_hidden_states:
+                raise ValueError(
+                    f"{name} reads the hidden states of responses, which `shared_prompt=True` arranges in another way. Set "
+                    "`shared_prompt=False`."
+                )
+            check_shared_prompt(args, model, ref_model, peft_config)
+            self._shared_prompts = SharedPrompts(rough=args.bf16 or args.fp16)
         if ref_model is not None and not self.uses_reference:
             raise ValueError(f"`ref_model` has no effect: {name} does not compare with a reference model. Drop it.")
         stored = self._check_datasets(args, train_dataset, eval_dataset)
         self._check_first_tokens(args, model, processing_class, train_dataset, eval_dataset)
-        if stored and ref_model is not None:
-            raise ValueError(
-                f"The dataset holds reference log-probabilities ({', '.join(REF_COLUMNS)}) and a `ref_model` was passed. Drop "
-                "one of the two."
-            )
         if isinstance(model, torch.nn.Module):
             check_instance(model, peft_config)
             keep_4bit_trainable_on_cpu(model)
 
         self._has_default_collator = data_collator is None
-        self._stored_reference = stored
-        self._reference_is_gone = False
-        # With these TRL keeps no reference model, and asks `_precompute_ref_logps` for the values
-        without_model = args.precompute_ref_log_probs or self.stores_reference or stored or not self.uses_reference
-        # Virtual tokens are no neutral start: with new ones the reference is the model without them
-        new_prompt = getattr(peft_config, "is_prompt_learning", False)
-        self._reference_is_start = self.uses_reference and not stored and ref_model is None and not new_prompt
-        if ref_model is None and not without_model and not isinstance(model, str):
-            ref_model = reference_copy(model, args, peft_config)
-
-        asked_for, args.precompute_ref_log_probs = args.precompute_ref_log_probs, without_model
-        try:
-            options: dict[str, Any] = {"hash_weights": self.uses_reference and not stored}
-            with dpo_construction(self._labelled_positions_only, temperature=self.logit_temperature, **options):
-                super().__init__(
-                    model=model,
-                    ref_model=ref_model,
-                    args=args,
-                    data_collator=data_collator,
-                    train_dataset=train_dataset,
-                    eval_dataset=eval_dataset,
-                    processing_class=processing_class,
-                    compute_metrics=compute_metrics,
-                    callbacks=callbacks,
-                    optimizers=optimizers,
-                    quantization_config=quantization_config,
-                    peft_config=peft_config,
-                )
-        finally:
-            args.precompute_ref_log_probs = asked_for
-        self.precompute_ref_logps = without_model and self.uses_reference
-        no_adapter = stored or self.stores_reference or not self.uses_reference
-        if no_adapter and "ref" in getattr(self.model, "peft_config", {}):
-            self.model.delete_adapter("ref")  # TRL's copy of an existing adapter, which is not needed any more
-            self._reference_is_gone = self.uses_reference
-        self._reference_checked = False
+        hash_weights = self.uses_reference and not stored
+        with (
+            self._with_reference(args, model, ref_model, peft_config, stored) as ref_model,
+            dpo_construction(
+                self._labelled_positions_only, hash_weights=hash_weights, temperature=self.logit_temperature
+            ),
+        ):
+            super().__init__(
+                model=model,
+                ref_model=ref_model,
+                args=args,
+                data_collator=data_collator,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                compute_metrics=compute_metrics,
+                callbacks=callbacks,
+                optimizers=optimizers,
+                quantization_config=quantization_config,
+                peft_config=peft_config,
+            )
         self._step_counts: dict[str, dict[str, torch.Tensor]] | None = None
         if self._has_own_loss:
             self.loss_types: list[str] = []  # TRL computes reference and metrics, the loss is ours
@@ -430,15 +449,9 @@ class PreferenceTrainer(ExtensionTrainer, DPOTrainer):
 
     def _check_collator(self) -> None:
         """Refuse a collator that loses what the method reads."""
-        row = next(iter(self.train_dataset))
-        batch = self.data_collator([row])
-        wanted = {column.name: column.name for column in self._all_columns}
-        wanted |= {branch.rows_column: f"{branch.name}_input_ids" for branch in self.branches}
-        if lost := [column for column, key in wanted.items() if column in row and key not in batch]:
-            raise ValueError(
-                f"`data_collator` ({type(self.data_collator).__name__}) leaves out {', '.join(map(repr, lost))}, which the "
-                "loss reads. Derive it from `trl_ift.preference.collator.PreferenceCollator`, or drop the columns."
-            )
+        keys = {column.name: column.name for column in self._all_columns}
+        keys |= {branch.rows_column: f"{branch.name}_input_ids" for branch in self.branches}
+        check_collator(self.data_collator, self.train_dataset, keys, PreferenceCollator)
 
     # ---------------------------------------------------------------- what a method overrides
 
@@ -471,42 +484,13 @@ class PreferenceTrainer(ExtensionTrainer, DPOTrainer):
 
     # ---------------------------------------------------------------- data
 
-    def _check_datasets(self, args: Any, train_dataset: Any, eval_dataset: Any) -> bool:
-        """Check all datasets; return whether they bring reference log-probabilities."""
-        if train_dataset is None:
-            raise ValueError("`train_dataset` is required")
-        named = {"train_dataset": train_dataset}
-        if isinstance(eval_dataset, dict):
-            named |= {f"eval_dataset[{key!r}]": dataset for key, dataset in eval_dataset.items()}
-        elif eval_dataset is not None:
-            named["eval_dataset"] = eval_dataset
-        for name, dataset in named.items():
-            if not isinstance(dataset, Dataset | IterableDataset):
-                raise TypeError(f"`{name}` must be a `Dataset` or `IterableDataset`, got `{type(dataset).__name__}`.")
-        stored = self.uses_reference and REF_COLUMNS[0] in next(iter(train_dataset), {})
-        for name, dataset in named.items():
-            self._check_dataset(args, dataset, name, stored)
-            if args.precompute_ref_log_probs and not stored and isinstance(dataset, IterableDataset):
-                raise ValueError(
-                    f"`precompute_ref_log_probs=True` is not supported with IterableDataset, and `{name}` is one. Pass a "
-                    f"`Dataset`, add the columns {REF_COLUMNS}, or set `precompute_ref_log_probs=False`."
-                )
-            if self.uses_reference and not stored and REF_COLUMNS[0] in next(iter(dataset)):
-                raise ValueError(
-                    f"`{name}` has the columns {REF_COLUMNS} and `train_dataset` lacks them, so that the two would be "
-                    "compared with different references. Add them there, or drop them here."
-                )
-        return stored
-
     def _check_dataset(self, args: Any, dataset: Any, name: str, stored: bool) -> None:
         columns = [*self._all_columns, *(Column(column, high=1e-3) for column in REF_COLUMNS if self.uses_reference)]
         check_preference_dataset(dataset, name, columns, self.branches)
+        super()._check_dataset(args, dataset, name, stored)
         row = next(iter(dataset))
-        if stored and REF_COLUMNS[0] not in row:
-            raise ValueError(
-                f"`{name}` lacks the columns {REF_COLUMNS} that `train_dataset` has. Add them, or drop them there so that the "
-                "trainer computes them."
-            )
+        if not {"prompt", "prompt_ids"} & set(row):
+            check_implicit_prompts(dataset, name)
         if WEIGHT.name in row and any(loss.startswith("aot") for loss in args.loss_type):
             raise ValueError(
                 "The losses 'aot' and 'aot_unpaired' sort the log-ratios of a batch, so that pairs have no losses of their "
@@ -553,17 +537,20 @@ class PreferenceTrainer(ExtensionTrainer, DPOTrainer):
                 column.check_length(len(row[column.name]), len(row[f"{column.response}_ids"]), "the first row")
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
-        if isinstance(dataset, Dataset):
-            dataset = dataset.with_format(None)  # rows of plain numbers and lists, whatever the user looks at
-        prepared, kept = self._prepare_rows(dataset, processing_class, args, dataset_name)
+        with self._naming_rows(dataset, dataset_name, processing_class):
+            return self._prepared(dataset, processing_class, args, dataset_name)
+
+    def _prepared(self, dataset, processing_class, args, dataset_name):
+        probe = probe_of(dataset)
+        prepared, kept = self._prepare_rows(probe, processing_class, args, dataset_name)
         if isinstance(dataset, Dataset):
             _check_token_counts(prepared, self._token_columns, dataset_name)
-            _report_dropped(dataset, prepared, kept, dataset_name, args, self._drop_options(args))
-        else:  # an endless stream of untrainable rows must not hang the check
-            _, probe = self._prepare_rows(dataset.take(1000), processing_class, args, dataset_name)
-            if next(iter(probe), None) is None:
-                raise ValueError(_NO_ROWS.format(name=dataset_name, max_length=args.max_length))
-        return kept
+        if next(iter(kept), None) is None:
+            raise ValueError(_NO_ROWS.format(name=dataset_name, max_length=args.max_length))
+        if isinstance(dataset, Dataset):
+            _report_dropped(probe, prepared, kept, dataset_name, args, self._drop_options(args))
+            return kept
+        return self._prepare_rows(dataset, processing_class, args, dataset_name)[1]
 
     def _prepare_rows(self, dataset, processing_class, args, dataset_name):
         """Return the tokenized dataset, and the same without the rows that cannot be trained."""
@@ -574,7 +561,7 @@ class PreferenceTrainer(ExtensionTrainer, DPOTrainer):
         with global_then_local_main_first():
             for branch in self.branches:
                 prepared = self._tokenize_branch(prepared, branch, implicit_prompt, processing_class, args)
-            return prepared, prepared.filter(versioned(_trainable), fn_kwargs=self._drop_options(args))
+            return prepared, prepared.filter(versioned(_trainable, is_blank), fn_kwargs=self._drop_options(args))
 
     def _drop_options(self, args) -> dict[str, Any]:
         """What `_why_dropped` depends on beside the row."""
@@ -592,7 +579,7 @@ class PreferenceTrainer(ExtensionTrainer, DPOTrainer):
             return dataset.map(versioned(_rows_from_ids), fn_kwargs={"branch": branch})
         options = {"num_proc": args.dataset_num_proc} if isinstance(dataset, Dataset) else {}
         return dataset.map(
-            versioned(tokenize_response),
+            versioned(tokenize_response, is_blank),
             fn_kwargs={
                 "branch": branch,
                 "source": branch.source(row),
@@ -610,108 +597,25 @@ class PreferenceTrainer(ExtensionTrainer, DPOTrainer):
 
     # ---------------------------------------------------------------- reference
 
+    def _ref_logps_options(self) -> list[Any]:
+        options = [self.ld_alpha, self.args.max_length, self.args.truncation_mode, self.args.bf16, self.args.fp16]
+        options += [self.logit_temperature] if self.logit_temperature != 1 else []
+        return options + ([self.token_weights] if self.token_weights is not None else [])
+
     def _precompute_ref_logps(self, dataset, name, batch_size):
-        if not self.uses_reference:
-            return dataset
-        if isinstance(dataset, Dataset) and set(REF_COLUMNS) <= set(dataset.column_names):
-            return dataset
-        if self._stored_reference:
-            if isinstance(dataset, IterableDataset):
-                return dataset  # checked on its first row
-            raise ValueError(
-                f"The {name} dataset lacks the columns {REF_COLUMNS}, and the reference that they were computed with for the "
-                "training data is not known. Add them."
-            )
-        if self._reference_is_gone:
-            raise ValueError(
-                f"Cannot compute reference log-probs for the {name} dataset: the adapter that training started from is no "
-                "longer in memory. Provide the dataset as `eval_dataset` to the constructor."
-            )
         if self.token_weights is not None:
             self._replace_collator()  # within TRL's constructor: TRL's collator leaves the weights out
             if not self._has_default_collator:
                 self._check_collator()  # before sums without the weights are cached
-        saved, training = self._precompute_model_hash, self.model.training
-        # All that the values depend on beside the weights and the data
-        device = self.args.device.type
-        options = [self.ld_alpha, self.args.max_length, self.args.truncation_mode, self.args.bf16, self.args.fp16]
-        options += [self.logit_temperature] if self.logit_temperature != 1 else []
-        options += [self.token_weights] if self.token_weights is not None else []
-        self._precompute_model_hash = Hasher.hash((saved, options, str(self.model.dtype), device, library_versions()))
-        self.model.eval()
-        if self.accelerator.num_processes > 1 and isinstance(dataset, Dataset):
-            share_cache_folder(dataset)
-        try:
-            return self._own(super()._precompute_ref_logps(dataset, name, batch_size))
-        finally:
-            self._precompute_model_hash = saved
-            self.model.train(training)
+        computed = super()._precompute_ref_logps(dataset, name, batch_size)
+        return dataset if computed is dataset else self._own(computed)
 
     def compute_ref_log_probs(self, model, inputs):
         pairs, extra = self._split(inputs)
-        if (weights := self._weights_of_tokens(extra)) is not None:
-            model = _PairTap(model, {}, None, weights)
+        weights = self._weights_of_tokens(extra)
+        if not isinstance(model, _PairTap) and (weights is not None or self._shared_prompts is not None):
+            model = _PairTap(model, {}, None, weights, self._shared_prompts)
         return super().compute_ref_log_probs(model, pairs)
-
-    def _check_first_rewards(self, num_tokens: torch.Tensor) -> None:
-        """Raise if the untrained policy does not agree with its reference."""
-        args = self.args
-        options = self.model.config.get_text_config().to_dict().items()
-        # TRL switches modules of dropout off, not the dropout of attention that a config asks for
-        noisy = [name for name, value in options if ("dropout" in name or "jitter" in name) and value]
-        if noisy or not args.disable_dropout or args.neftune_noise_alpha is not None:
-            return
-        half = args.bf16 or args.fp16
-        tolerance = REFERENCE_TOLERANCE.get(self.model.dtype if not half else torch.bfloat16, 0.05)
-        rewards = [self._metrics["train"][f"rewards/{kind}"][-1] for kind in ("chosen", "rejected")]
-        drift = max(abs(reward) for reward in rewards) / self.beta
-        if not drift <= tolerance * max(1.0, num_tokens.item()):  # NaN too
-            raise ValueError(
-                f"The reference is not the model that is being trained: before the first step their log-probabilities differ "
-                f"by {drift:.3g} nats a response on average, expected 0. (An adapter whose initialisation changes the base "
-                "model, a reference loaded from another place.) Pass the reference you mean as `ref_model`, or as the columns "
-                f"{REF_COLUMNS}."
-            )
-
-    def _load_extension_state(self, checkpoint: Path) -> None:
-        if self.args.sync_ref_model:
-            raise ValueError(
-                "A run with `sync_ref_model=True` cannot be resumed: its checkpoints do not hold the reference, which has "
-                "moved since the start. Train from the start, or pass the reference as `ref_model` to a new run."
-            )
-        super()._load_extension_state(checkpoint)
-
-    # ---------------------------------------------------------------- evaluation
-
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        """As in TRL, with the checks of the constructor; datasets may bring reference log-probabilities."""
-        stored = False
-        if eval_dataset is not None and not isinstance(eval_dataset, str):
-            named = eval_dataset if isinstance(eval_dataset, dict) else {metric_key_prefix: eval_dataset}
-            for name, dataset in named.items():
-                self._check_dataset(self.args, dataset, f"{name} dataset", self._stored_reference)
-            stored = all(REF_COLUMNS[0] in next(iter(dataset)) for dataset in named.values())
-        with self._reference_in_batch(self.precompute_ref_logps and not stored):  # TRL has none to compute
-            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-
-    def predict(self, test_dataset, ignore_keys=None, metric_key_prefix="test"):
-        """As in transformers; the dataset is prepared as `evaluate` prepares it."""
-        self._check_dataset(self.args, test_dataset, "test_dataset", self._stored_reference)
-        test_dataset = self._prepare_dataset(test_dataset, self.processing_class, self.args, metric_key_prefix)
-        if self.precompute_ref_logps and REF_COLUMNS[0] not in next(iter(test_dataset)):
-            if self.ref_model is None and not is_peft_model(self.model) and self.state.global_step > 0:
-                raise ValueError(
-                    "Cannot compute reference log-probs for a dataset passed to `predict()` after training has started: "
-                    "the reference is no longer in memory. Provide it as `eval_dataset`, or add the columns "
-                    f"{REF_COLUMNS}."
-                )
-            batch_size = self.args.precompute_ref_batch_size or self.args.per_device_eval_batch_size
-            test_dataset = self._precompute_ref_logps(test_dataset, metric_key_prefix, batch_size)
-        output = super().predict(test_dataset, ignore_keys, metric_key_prefix)
-        # Nothing logs the metrics of a prediction: they must not be averaged into the next evaluation
-        self._metrics["eval"].clear()
-        self.__dict__.get("_sums", {}).get("eval", {}).clear()
-        return output
 
     # ---------------------------------------------------------------- loss
 
@@ -797,20 +701,22 @@ class PreferenceTrainer(ExtensionTrainer, DPOTrainer):
         if not self.uses_reference:
             zeros = torch.zeros(pairs["input_ids"].size(0) // 2, device=pairs["input_ids"].device)
             pairs |= dict.fromkeys(REF_COLUMNS, zeros)
-        elif REF_COLUMNS[0] not in pairs and (self._has_own_loss or token_weights is not None):
+        elif REF_COLUMNS[0] not in pairs and (
+            self._has_own_loss or token_weights is not None or self._shared_prompts is not None
+        ):
             scored = branches if self.scores_branches else {}
-            ref_tap = _PairTap(self.ref_model or self.model, scored, None, token_weights)
+            ref_tap = _PairTap(self.ref_model or self.model, scored, None, token_weights, self._shared_prompts)
             pairs |= zip(REF_COLUMNS, self.compute_ref_log_probs(ref_tap, pairs), strict=True)
             ref_token_logps = ref_tap.output.log_probs
 
-        tap = _PairTap(model, branches, extra.get(WEIGHT.name), token_weights)
+        tap = _PairTap(model, branches, extra.get(WEIGHT.name), token_weights, self._shared_prompts)
         with self._reference_in_batch(REF_COLUMNS[0] in pairs):
             base = dpo_compute_loss(self, tap, pairs, return_outputs)
         loss = base[0] if return_outputs else base
-        if mode == "train" and not self._reference_checked:
-            self._reference_checked = True
-            if self._reference_is_start and self.state.global_step == 0:
-                self._check_first_rewards((pairs["completion_mask"] != 0).sum() / pairs["input_ids"].size(0))
+        if self._must_agree():
+            means = [self._metrics["train"][f"rewards/{kind}"][-1] for kind in ("chosen", "rejected")]
+            num_tokens = (pairs["completion_mask"] != 0).sum() / pairs["input_ids"].size(0)
+            self._check_agreement(max(map(abs, means)) / self.beta, num_tokens.item())
 
         if self._counts_steps:
             batch = self._batch(tap.output, pairs, extra, ref_token_logps)
@@ -832,15 +738,6 @@ class PreferenceTrainer(ExtensionTrainer, DPOTrainer):
             self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
         return (loss, base[1]) if return_outputs else loss
 
-    @contextmanager
-    def _reference_in_batch(self, in_batch: bool) -> Iterator[None]:
-        """While TRL's loss runs: whether it finds the reference log-probs in the batch."""
-        saved, self.precompute_ref_logps = self.precompute_ref_logps, in_batch
-        try:
-            yield
-        finally:
-            self.precompute_ref_logps = saved
-
     def _branch_inputs(self, extra: dict[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
         """Model inputs of the branches that have rows in this batch."""
         found = {}
@@ -848,8 +745,8 @@ class PreferenceTrainer(ExtensionTrainer, DPOTrainer):
             ids = extra.get(f"{branch.name}_input_ids")
             if ids is not None and ids.size(0) > 0:
                 labels = ids.masked_fill(extra[f"{branch.name}_completion_mask"] == 0, -100)
-                mask = extra[f"{branch.name}_attention_mask"]
-                found[branch.name] = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+                mask, pair = (extra[f"{branch.name}_{key}"] for key in ("attention_mask", "pair"))
+                found[branch.name] = {"input_ids": ids, "attention_mask": mask, "labels": labels, "pair": pair}
         return found
 
     def _batch(self, output, pairs, extra, ref_token_logps) -> PreferenceBatch:
@@ -920,44 +817,6 @@ _NO_ROWS = (
     "No row of the {name} dataset can be trained: chosen and rejected are equal or empty in all of them, or their prompts fill "
     "`max_length={max_length}`. Check the columns, or raise `max_length`."
 )
-
-
-def reference_copy(model: torch.nn.Module, args: Any, peft_config: Any) -> torch.nn.Module | None:
-    """A copy of a model in memory as its own reference; `None` where TRL needs none, or has to load it (ZeRO-3)."""
-    if is_peft_model(model) or peft_config is not None:
-        return None
-    if args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3:
-        return None
-    reference = copy.deepcopy(model)
-    forget_fused_head(reference)
-    source = get_config_model_id(model.config)
-    if source and differs_from_source(model, source):
-        logger.warning(
-            f"`model` has other weights than `{source}`, from which it was loaded. The reference is a copy of the model as it "
-            "was passed; `trl.DPOTrainer` would compare it with the weights of that source."
-        )
-    return reference.requires_grad_(False).eval()
-
-
-def check_instance(model: torch.nn.Module, peft_config: Any) -> None:
-    """Raise for a model that cannot be trained as it is."""
-    if peft_config is None and not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ValueError(
-            "No parameter of `model` requires a gradient, so that nothing would be trained. Load an adapter with "
-            "`PeftModel.from_pretrained(..., is_trainable=True)`, or pass a `peft_config`."
-        )
-    if is_peft_model(model) and "default" not in model.peft_config:
-        raise ValueError(
-            f"The adapters of `model` are called {', '.join(map(repr, model.peft_config))}; the one that is trained must be "
-            "called 'default'. Load it with `adapter_name='default'`."
-        )
-
-
-def is_blank(value: Any, eos_token: str = "") -> bool:
-    """Whether a response, text or messages, says nothing (a tool call says something)."""
-    if isinstance(value, str):
-        return value.removesuffix(eos_token).strip() == ""
-    return not any(str(m.get("content") or "").strip() or m.get("tool_calls") for m in value or [])
 
 
 def _rows_from_ids(row: dict[str, Any], branch: Branch) -> dict[str, Any]:
@@ -1052,15 +911,8 @@ def _trainable(row: dict[str, Any], **options: Any) -> bool:
 def _report_dropped(
     raw: Dataset, prepared: Dataset, kept: Dataset, name: str, args: Any, options: dict[str, Any]
 ) -> None:
-    reasons: dict[str, int] = {}
-    if len(raw) > len(prepared):
-        reasons[f"the prompt fills `max_length={args.max_length}`"] = len(raw) - len(prepared)
+    too_long = f"the prompt fills `max_length={args.max_length}`"
+    reasons = +Counter({too_long: len(raw) - len(prepared)})  # without zeros
     if len(kept) < len(prepared):
-        for row in prepared:
-            if reason := _why_dropped(row, **options):
-                reasons[reason] = reasons.get(reason, 0) + 1
-    if not len(kept):
-        raise ValueError(_NO_ROWS.format(name=name, max_length=args.max_length))
-    if reasons:
-        found = ", ".join(f"{number} ({reason})" for reason, number in reasons.items())
-        logger.warning(f"Dropped {sum(reasons.values())} of {len(raw)} rows of the {name} dataset: {found}.")
+        reasons.update(reason for row in prepared if (reason := _why_dropped(row, **options)))
+    report_dropped(reasons, len(raw), name)

@@ -13,6 +13,7 @@ a mean over all rows of the batch. Both coefficients are 1 in the paper; the mar
 says the column `absolute`: in the paper those of UltraInteract have, those of UltraFeedback and UltraSafety have not.
 """
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,14 +34,20 @@ from transformers import (
 from transformers.utils import logging
 from trl import RewardConfig, RewardTrainer
 
-from ..checks import check_preference_dataset, check_range
+from ..checks import (
+    check_preference_dataset,
+    check_range,
+    is_blank,
+    named_datasets,
+    probe_of,
+    report_dropped,
+    responses_differ,
+)
 from ..data.caching import versioned
 from ..extension import ExtensionConfig, ExtensionTrainer
 from ..hub.paper import arxiv_paper
 from ..preference.collator import Column, Flag
-from ..preference.trainer import is_blank
 from ..trl_internals import DataCollatorForReward, global_then_local_main_first, keep_4bit_trainable_on_cpu
-from ..unpaired.trainer import responses_differ
 
 
 logger = logging.get_logger(__name__)
@@ -174,7 +181,8 @@ class EurusRewardTrainer(ExtensionTrainer, RewardTrainer):
         args = self._own_config(args, model)
         self._check_source(args, model, processing_class, quantization_config)
         _check_head(model, peft_config)
-        self._check_datasets(args, train_dataset, eval_dataset)
+        for name, dataset in named_datasets(train_dataset, eval_dataset).items():
+            check_rows(args, dataset, name)
         if isinstance(model, torch.nn.Module):
             keep_4bit_trainable_on_cpu(model)
         super().__init__(
@@ -207,22 +215,12 @@ class EurusRewardTrainer(ExtensionTrainer, RewardTrainer):
 
     # ---------------------------------------------------------------- data
 
-    def _check_datasets(self, args: EurusRewardConfig, train_dataset: Any, eval_dataset: Any) -> None:
-        if train_dataset is None:
-            raise ValueError("`train_dataset` is required")
-        named = {"train_dataset": train_dataset}
-        if isinstance(eval_dataset, dict):
-            named |= {f"eval_dataset[{key!r}]": dataset for key, dataset in eval_dataset.items()}
-        elif eval_dataset is not None:
-            named["eval_dataset"] = eval_dataset
-        for name, dataset in named.items():
-            if not isinstance(dataset, Dataset | IterableDataset):
-                raise TypeError(f"`{name}` must be a `Dataset` or `IterableDataset`, got `{type(dataset).__name__}`.")
-            check_rows(args, dataset, name)
-
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
-        # An endless stream of untrainable rows must not hang the check
-        probe = dataset.with_format(None) if isinstance(dataset, Dataset) else dataset.take(1000)
+        with self._naming_rows(dataset, dataset_name, processing_class):
+            return self._prepared(dataset, processing_class, args, dataset_name)
+
+    def _prepared(self, dataset, processing_class, args, dataset_name):
+        probe = probe_of(dataset)
         usable, prepared = self._usable(probe, processing_class), ()
         if next(iter(usable), None) is not None:
             prepared = super()._prepare_dataset(usable, processing_class, args, dataset_name)
@@ -241,7 +239,8 @@ class EurusRewardTrainer(ExtensionTrainer, RewardTrainer):
     def _usable(dataset, processing_class):
         """The dataset without the pairs that say nothing. (TRL puts the prompt before the responses.)"""
         with global_then_local_main_first():
-            return dataset.filter(versioned(_trainable), fn_kwargs={"eos_token": processing_class.eos_token})
+            code = versioned(_trainable, is_blank, responses_differ)
+            return dataset.filter(code, fn_kwargs={"eos_token": processing_class.eos_token})
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
@@ -260,11 +259,7 @@ class EurusRewardTrainer(ExtensionTrainer, RewardTrainer):
         """As in transformers; the dataset is prepared as `evaluate` prepares it."""
         check_rows(self.args, test_dataset, "test_dataset")
         test_dataset = self._prepare_dataset(test_dataset, self.processing_class, self.args, metric_key_prefix)
-        output = super().predict(test_dataset, ignore_keys, metric_key_prefix)
-        # Nothing logs the metrics of a prediction: they must not be averaged into the next evaluation
-        self._metrics["eval"].clear()
-        self.__dict__.get("_sums", {}).get("eval", {}).clear()
-        return output
+        return super().predict(test_dataset, ignore_keys, metric_key_prefix)
 
     # ---------------------------------------------------------------- loss
 
@@ -368,14 +363,8 @@ def _trainable(row: dict[str, Any], **options: Any) -> bool:
 def _report_dropped(
     raw: Dataset, usable: Dataset, prepared: Dataset, name: str, args: EurusRewardConfig, eos_token: str
 ) -> None:
-    reasons: dict[str, int] = {}
-    if len(usable) > len(prepared):
-        too_long = f"a response is longer than `max_length={args.max_length}` with its prompt"
-        reasons[too_long] = len(usable) - len(prepared)
+    too_long = f"a response is longer than `max_length={args.max_length}` with its prompt"
+    reasons = +Counter({too_long: len(usable) - len(prepared)})  # without zeros
     if len(usable) < len(raw):
-        for row in raw:
-            if reason := _why_dropped(row, eos_token):
-                reasons[reason] = reasons.get(reason, 0) + 1
-    if reasons:
-        found = ", ".join(f"{number} ({reason})" for reason, number in reasons.items())
-        logger.warning(f"Dropped {sum(reasons.values())} of {len(raw)} rows of the {name} dataset: {found}.")
+        reasons.update(reason for row in raw if (reason := _why_dropped(row, eos_token)))
+    report_dropped(reasons, len(raw), name)

@@ -1,8 +1,14 @@
 """The datasets of the training scripts: a file, a folder, a Hub id, or a mixture of them."""
 
+import gzip
+import json
 import os
-from pathlib import Path
+from glob import glob
+from pathlib import Path, PurePath
 from typing import Any
+from urllib.parse import urlsplit
+
+from trl_ift.redaction import redacted
 
 
 # Suffix -> builder of `datasets`
@@ -51,16 +57,22 @@ def load_splits(script_args: Any, dataset_args: Any, training_args: Any) -> tupl
 def load_named(name: str, config: str | None = None, streaming: bool = False) -> Any:
     """Load all splits of a data file, of a folder (data files, or `Dataset.save_to_disk`), or of a dataset on the Hub.
 
-    A single file and a single saved `Dataset` are the split "train".
+    A data file may have an address that fsspec reads (`https://`, `hf://`, `s3://`, ...), and be a pattern of files (`*.jsonl`).
+    Files and a single saved `Dataset` are the split "train".
     """
     from datasets import Dataset, DatasetDict, IterableDatasetDict, load_dataset, load_from_disk
 
     path = Path(name).expanduser()
+    if _is_url_or_pattern(name):
+        return _read(name, load_dataset, **_files_of(name), streaming=streaming)
     if path.is_file():
-        return _read(name, load_dataset, _builder_of(path), data_files={"train": str(path)}, streaming=streaming)
+        builder = _builder_of(path)
+        _check_start(path)
+        return _read(name, load_dataset, builder, data_files={"train": str(path)}, streaming=streaming)
     if path.is_dir():
         if not any((path / file).is_file() for file in ("dataset_dict.json", "state.json")):
             return _read(name, load_dataset, str(path), name=config, streaming=streaming)
+        _check_saved(path)
         saved = _read(name, load_from_disk, str(path))
         splits = DatasetDict({"train": saved}) if isinstance(saved, Dataset) else saved
         if streaming:
@@ -68,7 +80,7 @@ def load_named(name: str, config: str | None = None, streaming: bool = False) ->
         return splits
     if _looks_like_path(name):
         raise FileNotFoundError(
-            f"The dataset `{name}` does not exist: there is no such file or folder (in {os.getcwd()})."
+            f"The dataset `{redacted(name)}` does not exist: there is no such file or folder (in {os.getcwd()})."
         )
     return _read(name, load_dataset, name, name=config, streaming=streaming)
 
@@ -84,8 +96,12 @@ def _load_mixture(dataset_args: Any) -> Any:
 
     for entry in dataset_args.datasets:
         path = Path(entry.path).expanduser()
-        if path.is_file():  # a data file, as with `--dataset_name`; TRL expects its builder here
+        if _is_url_or_pattern(entry.path):
+            files = _files_of(entry.path)
+            entry.path, entry.data_files = files["path"], files["data_files"]["train"]
+        elif path.is_file():  # a data file, as with `--dataset_name`; TRL expects its builder here
             entry.path, entry.data_files = _builder_of(path), str(path)
+            _check_start(path)
     return _read("`datasets:`", get_dataset, dataset_args)
 
 
@@ -100,16 +116,72 @@ def _cut_test_split(splits: Any, name: str, train_split: str, test_split: str, t
 
 
 def _read(source: str, load: Any, /, *args: Any, **kwargs: Any) -> Any:
-    """Call a loader of `datasets`, whose errors about broken files hide the reason in their cause."""
-    from datasets.exceptions import DatasetGenerationError
+    """Call a loader of `datasets`, whose errors about broken files are of all kinds, and hide the reason in their cause."""
+    from datasets import Dataset, DatasetDict
 
     try:
-        return load(*args, **kwargs)
+        loaded = load(*args, **kwargs)
     except StopIteration:  # of an empty file
         raise ValueError(f"The dataset {source} has no rows.") from None
-    except DatasetGenerationError as error:
+    except Exception as error:
+        if isinstance(error, OSError | ImportError) and not isinstance(error, gzip.BadGzipFile):
+            raise  # it is not there, or a package is missing
         reason = error.__cause__ or error
         raise ValueError(f"The dataset {source} cannot be read: {type(reason).__name__}: {reason}") from error
+    splits = loaded.values() if isinstance(loaded, DatasetDict) else [loaded]
+    for data in splits:
+        if isinstance(data, Dataset):
+            _check_encoding(data, source)
+    return loaded
+
+
+def _check_encoding(dataset: Any, source: str) -> None:
+    """Refuse bytes that are not UTF-8, which would fail when their row is read."""
+    import pyarrow as pa
+
+    try:
+        dataset.data.table.validate(full=True)
+    except pa.ArrowInvalid as error:
+        for index in range(len(dataset)):
+            try:
+                dataset[index]
+            except UnicodeDecodeError:
+                raise ValueError(
+                    f"The dataset {source}, row {index}, holds bytes that are not UTF-8. Convert it."
+                ) from None
+        raise ValueError(f"The dataset {source} is damaged: {error}") from None
+
+
+def _check_start(path: Path) -> None:
+    """Refuse a JSON file that does not begin with an object or a list: of `null`, the reader of Arrow dies."""
+    if path.suffix.lower() not in (".json", ".jsonl", ".ndjson"):
+        return
+    with path.open("rb") as file:
+        start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
+    if start and start[:1] not in (b"{", b"["):
+        raise ValueError(
+            f"The data file `{path}` begins with {start[:20]!r}: expected JSON objects, one a line or as a list. Mend the file."
+        )
+
+
+def _check_saved(folder: Path) -> None:
+    """Check the files by which `Dataset.save_to_disk` names others: splits and data must lie in the folder.
+
+    Raises:
+        ValueError: One is damaged, or names a file outside.
+    """
+    splits, state = folder / "dataset_dict.json", folder / "state.json"
+    path = splits if splits.is_file() else state
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        named = list(content["splits"]) if path == splits else [file["filename"] for file in content["_data_files"]]
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"`{path}` is damaged ({type(error).__name__}: {error}). Save the dataset again.") from None
+    for name in named:
+        if not isinstance(name, str) or name in ("", "..") or PurePath(name).name != name:
+            raise ValueError(f"`{path}` names {name!r}, which is no file in its folder. Save the dataset again.")
+        if path == splits:
+            _check_saved(folder / name)
 
 
 def _pick(splits: Any, name: str, split: str, remedy: str) -> Any:
@@ -120,7 +192,28 @@ def _pick(splits: Any, name: str, split: str, remedy: str) -> Any:
     return splits[split]
 
 
-def _builder_of(path: Path) -> str:
+def _is_url_or_pattern(name: str) -> bool:
+    """Whether `name` is an address, as fsspec reads it, or a pattern of files: no id on the Hub has these characters."""
+    return "://" in name or (any(mark in name for mark in "*?[") and not Path(name).expanduser().exists())
+
+
+def _files_of(name: str) -> dict[str, Any]:
+    """Arguments of `load_dataset` for the data files at an address (`https://`, `hf://`, `s3://`, ...) or of a pattern."""
+    if "://" in name:
+        return {"path": _builder_of(PurePath(urlsplit(name).path)), "data_files": {"train": name}}
+    pattern = os.path.expanduser(name)
+    files = [Path(file) for file in sorted(glob(pattern, recursive=True)) if os.path.isfile(file)]
+    if not files:
+        raise FileNotFoundError(f"No file matches `{name}` (in {os.getcwd()}).")
+    builders = {_builder_of(file) for file in files}
+    if len(builders) > 1:
+        raise ValueError(f"`{name}` matches files of several kinds: {', '.join(sorted(builders))}. Name one kind.")
+    for file in files:
+        _check_start(file)
+    return {"path": builders.pop(), "data_files": {"train": [str(file) for file in files]}}
+
+
+def _builder_of(path: PurePath) -> str:
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes and suffixes[-1] in _COMPRESSIONS:
         suffixes.pop()

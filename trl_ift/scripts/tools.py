@@ -6,11 +6,8 @@ import os
 import signal
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
-import yaml
-
-from .train import INPUT_ERRORS, report_error
+from .train import INPUT_ERRORS, read_config, report_error
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -68,9 +65,7 @@ def options_of_config(argv: list[str], parser: argparse.ArgumentParser) -> list[
     file = finder.parse_known_args(argv)[0].config
     if file is None:
         return []
-    config = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
-    if not isinstance(config, dict):
-        raise ValueError(f"`--config {file}`: expected `option: value` lines, found {type(config).__name__}.")
+    config = read_config(file)
     switches = {action.dest for action in parser._actions if action.nargs == 0}
     options = []
     for name, value in config.items():

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
+from trl_ift.redaction import redacted
 from trl_ift.registry import Method, get_method
 from trl_ift.stages import is_main_process
 
@@ -46,22 +47,40 @@ def make_parser(method: Method, prog: str | None = None, more: Sequence[type] = 
 
 def usage_error(prog: str, message: str) -> NoReturn:
     """Print one message about the command line and exit with code 2."""
-    print(f"{prog}: error: {message} (`{prog} --help` lists the options)", file=sys.stderr)
+    print(f"{prog}: error: {redacted(message)} (`{prog} --help` lists the options)", file=sys.stderr)
     raise SystemExit(2)
 
 
 def report_error(prog: str, error: BaseException) -> int:
     """Print the message of an input error, without its traceback unless TRL_IFT_DEBUG=1, and return exit code 1."""
     if os.environ.get("TRL_IFT_DEBUG", "0") != "0":
-        traceback.print_exception(error)
+        print(redacted("".join(traceback.format_exception(error))), end="", file=sys.stderr)
         return 1
     rank = os.environ.get("RANK", "0")
     prefix = prog if rank == "0" else f"[rank {rank}] {prog}"
     print(
-        f"{prefix}: error: {error or type(error).__name__}\n(TRL_IFT_DEBUG=1 shows the full traceback.)",
+        f"{prefix}: error: {redacted(str(error)) or type(error).__name__}\n(TRL_IFT_DEBUG=1 shows the full traceback.)",
         file=sys.stderr,
     )
     return 1
+
+
+def read_config(file: str) -> dict[str, Any]:
+    """Return the options in the YAML file of `--config`.
+
+    Raises:
+        ValueError: It is no YAML file of plain values, or holds something else than options.
+        OSError: It cannot be read.
+    """
+    import yaml
+
+    try:
+        config = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"`--config {file}` is no YAML file of plain values: {error}") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"`--config {file}`: expected `option: value` lines, found {type(config).__name__}.")
+    return config
 
 
 def option_strings(parser: Any) -> set[str]:
@@ -204,6 +223,11 @@ def parse_options(parser: Any, argv: list[str], prog: str, launched: bool = True
         usage_error(prog, unknown_option(unknown[0], option_strings(parser) | launch_options))
 
     training_args = parsed[1]
+    if training_args.use_cpu and os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true"):
+        raise ValueError(
+            "FSDP is asked for, and the training is on the CPU, where accelerate would copy the whole model to every process "
+            "instead. Drop `--accelerate_config` (or `--use_fsdp`), or train on accelerators."
+        )
     if training_args.use_cpu and is_main_process():
         precision = "bfloat16" if training_args.bf16 else "float32"
         reason = "as asked for" if wants_cpu or torch.accelerator.is_available() else "no accelerator found"

@@ -21,6 +21,7 @@ import torch
 import yaml
 
 from ..checks import check_choice, check_model_source, check_peft, check_range
+from ..data.rows import check_text
 from ..registry import METHODS, Method
 from ..scripts.data import load_named
 from ..stages import as_json, say, training_settings
@@ -192,7 +193,7 @@ class Study:
             raise FileNotFoundError(f"There is no study file `{path}`.")
         try:
             settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
             raise StudyError(f"`{path}` is no YAML file: {error}") from None
         return cls(_mapping(settings, f"`{path}`"))
 
@@ -311,6 +312,7 @@ class Study:
         """The rows that SFT starts are trained on."""
         rows, columns = self._load("sft"), ("prompt", "completion")
         _check_columns(rows, columns, self._named("sft"))
+        _check_said(rows, columns, self._named("sft"))
         return self._short_enough([{name: row[name] for name in columns} for row in rows], columns[1:], "sft")
 
     def subset(self, size: int, seed: int) -> list[Row]:
@@ -346,6 +348,7 @@ class Study:
             rows = [row | {"reference": row[gold]} for row in rows]
             columns.append("reference")
         rows = [{name: row[name] for name in columns} for row in rows]
+        _check_said(rows, columns, self._named(part))
         trainable = [row for row in rows if _is_pair(row)]  # some trainers would drop the others
         if len(trainable) < len(rows):
             say(
@@ -473,6 +476,7 @@ class Study:
         rows = _load_rows(given["data"], "evaluation.neutral.data")
         column = given.get("column", "text")
         _check_columns(rows, (column,), f"`evaluation.neutral.data` ({given['data']})")
+        _check_said(rows, (column,), f"`evaluation.neutral.data` ({given['data']})")
         texts = [_as_text(row[column]) for row in rows]
         return list(_first(texts, given.get("rows"), "evaluation.neutral.rows", f"`{given['data']}`"))
 
@@ -801,6 +805,17 @@ def _check_columns(rows: Sequence[Row], columns: Sequence[str], where: str) -> N
         for column in columns:
             if row[column] is None:
                 raise StudyError(f"{where}, row {index}: column {column!r} is null. Fill it, or drop the row.")
+
+
+def _check_said(rows: Sequence[Row], columns: Sequence[str], where: str) -> None:
+    """Refuse what is no text and no messages; answers without messages are left out later."""
+    for index, row in enumerate(rows):
+        for column in columns:
+            if row[column] != []:
+                try:
+                    check_text(row[column], f"{where}, row {index}", column)
+                except (ValueError, TypeError) as error:
+                    raise StudyError(str(error)) from None
 
 
 def _load_rows(source: Any, where: str, wanted: Sequence[str] = ("test", "validation", "train")) -> list[Row]:

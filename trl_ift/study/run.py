@@ -39,6 +39,7 @@ from ..data.inference import load_model, load_tokenizer
 from ..data.shards import write_file
 from ..hub.card import library_versions
 from ..preference.trainer import PreferenceConfig, prompt_and_response_ids
+from ..redaction import redacted
 from ..stages import as_json, free_memory, last_checkpoint, say, train_and_save, training_settings
 from .evaluate import PARTS, StartScores, evaluate_part, measures_to_json, score_start
 from .measures import Measure, digest_of
@@ -220,7 +221,7 @@ def run_cell(study: Study, cell: Cell, wait: bool = False) -> str:
             except Exception as error:
                 text = "".join(traceback.format_exception(error))
                 _record_failure(study, cell, f"{type(error).__name__}: {error}", text)
-                say(f"Failed: {cell}: {type(error).__name__}: {error}")
+                say(redacted(f"Failed: {cell}: {type(error).__name__}: {error}"))
                 return "failed"
             finally:
                 free_memory()
@@ -762,7 +763,8 @@ def _described(study: Study, cell: Cell) -> dict[str, Any]:
 def _record_failure(study: Study, cell: Cell, error: str, text: str = "") -> None:
     folder = cell_folder(study, cell)
     folder.mkdir(parents=True, exist_ok=True)
-    write_file(folder / "failed.json", json.dumps({"error": error, "traceback": text}, indent=2).encode())
+    record = redacted({"error": error, "traceback": text})
+    write_file(folder / "failed.json", json.dumps(record, indent=2).encode())
 
 
 def _track(study: Study, cell: Cell, measures: dict[str, Any]) -> None:

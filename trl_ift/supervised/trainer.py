@@ -1,6 +1,7 @@
 """`SupervisedTrainer`: the base of the methods that train on SFT data."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from transformers import (
 )
 from trl import SFTConfig, SFTTrainer
 
-from ..checks import check_peft, check_sft_dataset
+from ..checks import check_peft, check_sft_dataset, named_datasets, probe_of
 from ..extension import ExtensionTrainer
 from ..trl_internals import keep_4bit_trainable_on_cpu, score_labelled_positions_only
 
@@ -110,27 +111,21 @@ class SupervisedTrainer(ExtensionTrainer, SFTTrainer):
 
     @staticmethod
     def _check_datasets(args: SFTConfig, train_dataset: Any, eval_dataset: Any, formatted: bool) -> None:
-        if train_dataset is None:
-            raise ValueError("`train_dataset` is required")
-        if not isinstance(train_dataset, Dataset | IterableDataset):
-            raise TypeError(
-                f"`train_dataset` must be a `Dataset` or `IterableDataset`, got `{type(train_dataset).__name__}`."
-            )
-        named = {"train_dataset": train_dataset}
-        if isinstance(eval_dataset, dict):
-            named |= {f"eval_dataset[{key!r}]": dataset for key, dataset in eval_dataset.items()}
-        elif eval_dataset is not None:
-            named["eval_dataset"] = eval_dataset
-        if not (args.dataset_kwargs or {}).get("skip_prepare_dataset"):
-            for name, dataset in named.items():
-                check_sft_dataset(dataset, name, args.dataset_text_field, formatted)
+        if (args.dataset_kwargs or {}).get("skip_prepare_dataset"):
+            named_datasets(train_dataset, None)  # TRL takes anything for the other one
+            return
+        for name, dataset in named_datasets(train_dataset, eval_dataset).items():
+            check_sft_dataset(dataset, name, args.dataset_text_field, formatted)
 
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
+        with self._naming_rows(dataset, dataset_name, processing_class) if formatting_func is None else nullcontext():
+            return self._prepared(dataset, processing_class, args, packing, formatting_func, dataset_name)
+
+    def _prepared(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
         prepared = super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
         rows = prepared
         if not isinstance(prepared, Dataset):
-            # An endless stream of untrainable rows, which TRL drops, must not hang the check
-            probe = dataset.take(1000)
+            probe = probe_of(dataset)  # TRL drops rows that cannot be trained
             rows = super()._prepare_dataset(probe, processing_class, args, packing, formatting_func, dataset_name)
         # Nothing predicts the first token of a row
         if not any(label != -100 for row in rows for label in row["labels"][1:]):

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from ..checks import _check_no_nulls, _check_same_kind, _is_ids, _kind, check_preference_dataset
+from ..checks import _check_same_kind, _is_ids, _kind, check_preference_dataset
+from ..data.rows import check_implicit_prompts, check_texts
 from ..preference.collator import WEIGHT, Column, Flag
 from ..trl_internals import DataCollatorForUnpairedPreference
 
@@ -117,6 +118,8 @@ def _numbers(dataset: Any, name: str, columns: Sequence[str]) -> Iterator[tuple[
 
 def _check_pairs(dataset: Any, name: str, row: Any) -> None:
     check_preference_dataset(dataset, name, PAIR_SCORES)
+    if not {"prompt", "prompt_ids"} & set(row):
+        check_implicit_prompts(dataset, name)
     if single := [column.name for column in (LABEL, SCORE, IS_SFT, REF_LOGPS) if column.name in row]:
         raise ValueError(
             f"`{name}` has pairs ('chosen', 'rejected') and the column '{single[0]}', which belongs to single responses. Drop "
@@ -151,8 +154,7 @@ def _check_single(dataset: Any, name: str, row: Any) -> None:
                 "'chosen' and 'rejected'. Rename your columns."
             )
         _check_same_kind({column: row[column] for column in ("prompt", "completion")}, name)
-        for column in ("prompt", "completion"):
-            _check_no_nulls(dataset, name, column)
+        check_texts(dataset, name, ["prompt", "completion"])
     if not {"label", "score", "is_sft"} & set(row):
         raise ValueError(
             f"`{name}` has no feedback; its columns are {sorted(row)}. Expected 'label' (true for a good response) or 'score' "

@@ -14,15 +14,13 @@ takes the mean over the rows of the optimizer step.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from accelerate.utils import is_peft_model
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
-from datasets.fingerprint import Hasher
 from peft import PeftConfig, PeftModel
 from transformers import (
     BitsAndBytesConfig,
@@ -36,19 +34,23 @@ from transformers import (
 from transformers.utils import logging
 from trl import KTOConfig, KTOTrainer, extract_prompt, unpair_preference_dataset
 
-from ..checks import check_choice, check_peft, check_range, check_unused
-from ..data.caching import versioned
-from ..extension import ExtensionConfig, ExtensionTrainer
-from ..hub.card import library_versions
-from ..preference.collator import Column
-from ..preference.trainer import REFERENCE_TOLERANCE, check_instance, is_blank, reference_copy
-from ..trl_internals import (
-    FusedTap,
-    global_then_local_main_first,
-    keep_4bit_trainable_on_cpu,
-    kto_construction,
-    share_cache_folder,
+from ..checks import (
+    check_choice,
+    check_collator,
+    check_instance,
+    check_peft,
+    check_range,
+    check_unused,
+    is_blank,
+    probe_of,
+    report_dropped,
+    responses_differ,
 )
+from ..data.caching import versioned
+from ..extension import ExtensionConfig
+from ..preference.collator import Column
+from ..reference import ReferenceTrainer
+from ..trl_internals import FusedTap, global_then_local_main_first, keep_4bit_trainable_on_cpu, kto_construction
 from .data import COLUMNS, REF_LOGPS, UnpairedCollator, check_unpaired_dataset, complete_feedback, is_paired
 
 
@@ -143,17 +145,14 @@ class UnpairedBatch:
         return self.logratios / self.lengths.clamp(min=1)
 
 
-class UnpairedTrainer(ExtensionTrainer, KTOTrainer, ABC):
+class UnpairedTrainer(ReferenceTrainer, KTOTrainer, ABC):
     """Base on [`~trl.KTOTrainer`] with a loss a row, scores and row weights, the right reference, and the library's checks.
 
     The constructor takes the arguments of [`~trl.KTOTrainer`]. A dataset has `prompt`, `completion`, and `label` (bool) or
     `score` (float in [0, 1]), or both; or pairs, `chosen` and `rejected`, which become two rows (with `chosen_score` and
     `rejected_score`, if they are there). It may have `is_sft` (bool: demonstrations, whose label and score may be null),
     `weight` (float >= 0: the loss of a row is multiplied by it before the mean) and `ref_logps` (summed log-probability under a
-    reference of your own, used in place of a reference model).
-
-    A model that is passed in memory is its own reference, as it is: TRL would load `model.config._name_or_path` again,
-    which is another model once this one has been trained.
+    reference of your own, used in place of a reference model; see [`~trl_ift.reference.ReferenceTrainer`]).
 
     Attributes:
         columns: Numbers per row that the method reads beside these; declared by subclasses.
@@ -164,14 +163,13 @@ class UnpairedTrainer(ExtensionTrainer, KTOTrainer, ABC):
     """
 
     config_class: type = UnpairedConfig
+    ref_columns = (REF_LOGPS.name,)
     columns: tuple[Column, ...] = ()
     label_threshold = 0.5
     fractional_scores = True
     needs_scores = False
     class_means = False
     data_collator: Any
-    precompute_ref_logps: bool
-    _precompute_model_hash: Any
 
     def __init__(
         self,
@@ -198,49 +196,30 @@ class UnpairedTrainer(ExtensionTrainer, KTOTrainer, ABC):
         self._check_source(args, model, processing_class, quantization_config)
         check_peft(peft_config, model, type(self).__name__, prompt_learning=True)
         stored = self._check_datasets(args, train_dataset, eval_dataset)
-        if stored and ref_model is not None:
-            raise ValueError(
-                "The dataset holds reference log-probabilities (ref_logps) and a `ref_model` was passed. Drop one of the two."
-            )
         if isinstance(model, torch.nn.Module):
             check_instance(model, peft_config)
             keep_4bit_trainable_on_cpu(model)
 
-        self._stored_reference = stored
-        self._reference_is_gone = False
-        # With these TRL keeps no reference model, and asks `_precompute_ref_logps` for the values
-        without_model = args.precompute_ref_log_probs or stored
-        # Virtual tokens are no neutral start: with new ones the reference is the model without them
-        new_prompt = getattr(peft_config, "is_prompt_learning", False)
-        self._reference_is_start = not stored and ref_model is None and not new_prompt
-        if ref_model is None and not without_model and not isinstance(model, str):
-            ref_model = reference_copy(model, args, peft_config)
-
-        asked_for, args.precompute_ref_log_probs = args.precompute_ref_log_probs, without_model
-        try:
-            with kto_construction(hash_weights=not stored):
-                super().__init__(
-                    model=model,
-                    ref_model=ref_model,
-                    args=args,
-                    data_collator=data_collator,
-                    train_dataset=train_dataset,
-                    eval_dataset=eval_dataset,
-                    processing_class=processing_class,
-                    compute_metrics=compute_metrics,
-                    callbacks=callbacks,
-                    optimizers=optimizers,
-                    quantization_config=quantization_config,
-                    peft_config=peft_config,
-                )
-        finally:
-            args.precompute_ref_log_probs = asked_for
-        if stored and "ref" in getattr(self.model, "peft_config", {}):
-            self.model.delete_adapter("ref")  # TRL's copy of an existing adapter, which is not needed any more
-            self._reference_is_gone = True
+        with (
+            self._with_reference(args, model, ref_model, peft_config, stored) as ref_model,
+            kto_construction(hash_weights=not stored),
+        ):
+            super().__init__(
+                model=model,
+                ref_model=ref_model,
+                args=args,
+                data_collator=data_collator,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                compute_metrics=compute_metrics,
+                callbacks=callbacks,
+                optimizers=optimizers,
+                quantization_config=quantization_config,
+                peft_config=peft_config,
+            )
         # TRL computes reference and metrics, the loss is ours
         self.desirable_weight = self.undesirable_weight = 0.0
-        self._start_checked = False
         self._step_counts: torch.Tensor | None = None
         self._eval_counts: torch.Tensor | None = None
         if data_collator is None:
@@ -250,17 +229,8 @@ class UnpairedTrainer(ExtensionTrainer, KTOTrainer, ABC):
             }
             self.data_collator = UnpairedCollator(**options, columns=self._all_columns)
         else:
-            self._check_collator()
-
-    def _check_collator(self) -> None:
-        """Refuse a collator that loses what the loss reads."""
-        row = next(iter(self.train_dataset))
-        batch = self.data_collator([row])
-        if lost := [column.name for column in self._all_columns if column.name in row and column.name not in batch]:
-            raise ValueError(
-                f"`data_collator` ({type(self.data_collator).__name__}) leaves out {', '.join(map(repr, lost))}, which the "
-                "loss reads. Derive it from `trl_ift.unpaired.data.UnpairedCollator`, or drop the columns."
-            )
+            keys = {column.name: column.name for column in self._all_columns}
+            check_collator(self.data_collator, self.train_dataset, keys, UnpairedCollator)
 
     # ---------------------------------------------------------------- what a method overrides
 
@@ -287,33 +257,6 @@ class UnpairedTrainer(ExtensionTrainer, KTOTrainer, ABC):
 
     # ---------------------------------------------------------------- data
 
-    def _check_datasets(self, args: Any, train_dataset: Any, eval_dataset: Any) -> bool:
-        """Check all datasets; return whether they bring reference log-probabilities."""
-        if train_dataset is None:
-            raise ValueError("`train_dataset` is required")
-        named = {"train_dataset": train_dataset}
-        if isinstance(eval_dataset, dict):
-            named |= {f"eval_dataset[{key!r}]": dataset for key, dataset in eval_dataset.items()}
-        elif eval_dataset is not None:
-            named["eval_dataset"] = eval_dataset
-        for name, dataset in named.items():
-            if not isinstance(dataset, Dataset | IterableDataset):
-                raise TypeError(f"`{name}` must be a `Dataset` or `IterableDataset`, got `{type(dataset).__name__}`.")
-        stored = REF_LOGPS.name in next(iter(train_dataset), {})
-        for name, dataset in named.items():
-            self._check_dataset(args, dataset, name, stored)
-            if not stored and args.precompute_ref_log_probs and isinstance(dataset, IterableDataset):
-                raise ValueError(
-                    f"`precompute_ref_log_probs=True` is not supported with IterableDataset, and `{name}` is one. Pass a "
-                    "`Dataset`, add the column 'ref_logps', or set `precompute_ref_log_probs=False`."
-                )
-            if not stored and REF_LOGPS.name in next(iter(dataset)):
-                raise ValueError(
-                    f"`{name}` has the column 'ref_logps' and `train_dataset` lacks it, so that the two would be compared with "
-                    "different references. Add it there, or drop it here."
-                )
-        return stored
-
     def _check_dataset(self, args: Any, dataset: Any, name: str, stored: bool) -> None:
         if isinstance(dataset, Dataset):
             dataset = dataset.with_format(None)
@@ -322,11 +265,7 @@ class UnpairedTrainer(ExtensionTrainer, KTOTrainer, ABC):
         for column in self.columns:
             if column.required and column.name not in row:
                 raise ValueError(f"`{name}` lacks the column '{column.name}'; its columns are {sorted(row)}. Add it.")
-        if stored and REF_LOGPS.name not in row:
-            raise ValueError(
-                f"`{name}` lacks the column 'ref_logps' that `train_dataset` has. Add it, or drop it there so that the trainer "
-                "computes it."
-            )
+        super()._check_dataset(args, dataset, name, stored)
 
     @property
     def _feedback(self) -> dict[str, Any]:
@@ -338,8 +277,11 @@ class UnpairedTrainer(ExtensionTrainer, KTOTrainer, ABC):
         }
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
-        # An endless stream of untrainable rows must not hang the check
-        probe = dataset.with_format(None) if isinstance(dataset, Dataset) else dataset.take(1000)
+        with self._naming_rows(dataset, dataset_name, processing_class):
+            return self._prepared(dataset, processing_class, args, dataset_name)
+
+    def _prepared(self, dataset, processing_class, args, dataset_name):
+        probe = probe_of(dataset)
         differing = self._differing(probe)
         kept: Any = ()
         if next(iter(differing), None) is not None:
@@ -372,7 +314,7 @@ class UnpairedTrainer(ExtensionTrainer, KTOTrainer, ABC):
             prepared = super()._prepare_dataset(dataset, processing_class, args, name)
         with global_then_local_main_first():
             prepared = prepared.map(versioned(complete_feedback), fn_kwargs=self._feedback)
-            return prepared, prepared.filter(versioned(_trainable), fn_kwargs=self._drop_options(args))
+            return prepared, prepared.filter(versioned(_trainable, is_blank), fn_kwargs=self._drop_options(args))
 
     def _drop_options(self, args) -> dict[str, Any]:
         """What `_why_dropped` depends on beside the row."""
@@ -385,90 +327,10 @@ class UnpairedTrainer(ExtensionTrainer, KTOTrainer, ABC):
 
     # ---------------------------------------------------------------- reference
 
-    def _precompute_ref_logps(self, dataset, name, batch_size):
-        if REF_LOGPS.name in next(iter(dataset)):
-            return dataset
-        if self._stored_reference:
-            raise ValueError(
-                f"The {name} dataset lacks the column 'ref_logps', and the reference that it was computed with for the "
-                "training data is not known. Add it."
-            )
-        if self._reference_is_gone:
-            raise ValueError(
-                f"Cannot compute reference log-probs for the {name} dataset: the adapter that training started from is no "
-                "longer in memory. Provide the dataset as `eval_dataset` to the constructor."
-            )
-        saved, training = self._precompute_model_hash, self.model.training
-        # All that the values depend on beside the weights and the data
-        options = [self.args.max_length, self.args.bf16, self.args.fp16]
-        device = self.args.device.type
-        self._precompute_model_hash = Hasher.hash((saved, options, str(self.model.dtype), device, library_versions()))
-        self.model.eval()
-        if self.accelerator.num_processes > 1 and isinstance(dataset, Dataset):
-            share_cache_folder(dataset)
-        try:
-            return super()._precompute_ref_logps(dataset, name, batch_size)
-        finally:
-            self._precompute_model_hash = saved
-            self.model.train(training)
-
-    def _check_start(self, batch: UnpairedBatch) -> None:
-        """Raise if the untrained policy does not agree with its reference."""
-        args = self.args
-        options = self.model.config.get_text_config().to_dict().items()
-        # TRL switches modules of dropout off, not the dropout of attention that a config asks for
-        noisy = [name for name, value in options if ("dropout" in name or "jitter" in name) and value]
-        if noisy or not args.disable_dropout or args.neftune_noise_alpha is not None:
-            return
-        half = args.bf16 or args.fp16
-        tolerance = REFERENCE_TOLERANCE.get(self.model.dtype if not half else torch.bfloat16, 0.05)
-        drift = batch.logratios.detach().mean().abs().item()
-        if not drift <= tolerance * max(1.0, batch.lengths.float().mean().item()):  # NaN too
-            raise ValueError(
-                f"The reference is not the model that is being trained: before the first step their log-probabilities differ "
-                f"by {drift:.3g} nats a response on average, expected 0. (An adapter whose initialisation changes the base "
-                "model, a reference loaded from another place.) Pass the reference you mean as `ref_model`, or as the column "
-                "'ref_logps'."
-            )
-
-    def _load_extension_state(self, checkpoint) -> None:
-        if self.args.sync_ref_model:
-            raise ValueError(
-                "A run with `sync_ref_model=True` cannot be resumed: its checkpoints do not hold the reference, which has "
-                "moved since the start. Train from the start, or pass the reference as `ref_model` to a new run."
-            )
-        super()._load_extension_state(checkpoint)
+    def _ref_logps_options(self) -> list[Any]:
+        return [self.args.max_length, self.args.bf16, self.args.fp16]
 
     # ---------------------------------------------------------------- evaluation
-
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        """As in TRL, with the checks of the constructor; datasets may bring reference log-probabilities."""
-        stored = False
-        if eval_dataset is not None and not isinstance(eval_dataset, str):
-            named = eval_dataset if isinstance(eval_dataset, dict) else {metric_key_prefix: eval_dataset}
-            for name, dataset in named.items():
-                self._check_dataset(self.args, dataset, f"{name} dataset", self._stored_reference)
-            stored = all(REF_LOGPS.name in next(iter(dataset)) for dataset in named.values())
-        with self._reference_in_batch(self.precompute_ref_logps and not stored):  # TRL has none to compute
-            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-
-    def predict(self, test_dataset, ignore_keys=None, metric_key_prefix="test"):
-        """As in transformers; the dataset is prepared as `evaluate` prepares it."""
-        self._check_dataset(self.args, test_dataset, "test_dataset", self._stored_reference)
-        test_dataset = self._prepare_dataset(test_dataset, self.processing_class, self.args, metric_key_prefix)
-        if self.precompute_ref_logps and REF_LOGPS.name not in next(iter(test_dataset)):
-            if self.ref_model is None and not is_peft_model(self.model) and self.state.global_step > 0:
-                raise ValueError(
-                    "Cannot compute reference log-probs for a dataset passed to `predict()` after training has started: "
-                    "the reference is no longer in memory. Provide it as `eval_dataset`, or add the column 'ref_logps'."
-                )
-            batch_size = self.args.precompute_ref_batch_size or self.args.per_device_eval_batch_size
-            test_dataset = self._precompute_ref_logps(test_dataset, metric_key_prefix, batch_size)
-        output = super().predict(test_dataset, ignore_keys, metric_key_prefix)
-        # Nothing logs the metrics of a prediction: they must not be averaged into the next evaluation
-        self._metrics["eval"].clear()
-        self.__dict__.get("_sums", {}).get("eval", {}).clear()
-        return output
 
     def evaluation_loop(self, dataloader, *args, **kwargs):
         """As in transformers; means over classes are those of the whole dataset."""
@@ -523,10 +385,9 @@ class UnpairedTrainer(ExtensionTrainer, KTOTrainer, ABC):
         with self._reference_in_batch(True):
             base = super()._compute_loss(tap, rows, return_outputs)  # 0, and the router loss of a mixture of experts
         batch = self._batch(tap.output, rows, {key: inputs[key] for key in own if key in inputs}, ref_token_logps)
-        if self.model.training and not self._start_checked:
-            self._start_checked = True
-            if self._reference_is_start and self.state.global_step == 0:
-                self._check_start(batch)
+        if self._must_agree():
+            drift, num_tokens = batch.logratios.detach().mean().abs(), batch.lengths.float().mean()
+            self._check_agreement(drift.item(), num_tokens.item())
 
         losses = self.row_loss(batch)
         losses = losses * torch.where(batch.label, self.args.desirable_weight, self.args.undesirable_weight)
@@ -536,15 +397,6 @@ class UnpairedTrainer(ExtensionTrainer, KTOTrainer, ABC):
         loss = (base[0] if return_outputs else base) + self._mean(losses, batch.label)
         self._record_rewards(batch)
         return (loss, base[1]) if return_outputs else loss
-
-    @contextmanager
-    def _reference_in_batch(self, in_batch: bool) -> Iterator[None]:
-        """While TRL's code runs: whether it finds the reference log-probs in the batch."""
-        saved, self.precompute_ref_logps = self.precompute_ref_logps, in_batch
-        try:
-            yield
-        finally:
-            self.precompute_ref_logps = saved
 
     @staticmethod
     def _batch(output, rows, extra, ref_token_logps) -> UnpairedBatch:
@@ -611,29 +463,13 @@ def _trainable(row: dict[str, Any], **options: Any) -> bool:
     return _why_dropped(row, **options) is None
 
 
-def responses_differ(row: dict[str, Any], eos_token: str) -> bool:
-    """Whether the responses of a pair differ, but for an end that TRL adds."""
-    chosen, rejected = (
-        value.removesuffix(eos_token) if isinstance(value, str) else value
-        for value in (row["chosen"], row["rejected"])
-    )
-    return chosen != rejected
-
-
 def _report_dropped(
     raw: Dataset, differing: Dataset, prepared: Dataset, kept: Dataset, name: str, options: dict[str, Any]
 ) -> None:
     rows = 2 if is_paired(raw[0]) and "prompt_ids" not in raw[0] else 1
-    total = len(raw) * rows
-    reasons: dict[str, int] = {}
-    if len(raw) > len(differing):
-        reasons["chosen equals rejected"] = (len(raw) - len(differing)) * rows
-    if len(differing) * rows > len(prepared):
-        reasons[f"the prompt fills `max_length={options['max_length']}`"] = len(differing) * rows - len(prepared)
+    equal, too_long = "chosen equals rejected", f"the prompt fills `max_length={options['max_length']}`"
+    counts = {equal: (len(raw) - len(differing)) * rows, too_long: len(differing) * rows - len(prepared)}
+    reasons = +Counter(counts)  # without zeros
     if len(kept) < len(prepared):
-        for row in prepared:
-            if reason := _why_dropped(row, **options):
-                reasons[reason] = reasons.get(reason, 0) + 1
-    if reasons:
-        found = ", ".join(f"{number} ({reason})" for reason, number in reasons.items())
-        logger.warning(f"Dropped {sum(reasons.values())} of {total} rows of the {name} dataset: {found}.")
+        reasons.update(reason for row in prepared if (reason := _why_dropped(row, **options)))
+    report_dropped(reasons, len(raw) * rows, name)
