@@ -11,7 +11,7 @@ DEMO_ARGS ?=
 PYTEST_ARGS ?= -n 2 --dist loadfile
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -q
 
-.PHONY: demo test test-versions lint types docs clean help
+.PHONY: demo test test-versions mutants lint types docs clean help
 
 help:
 	@echo "make demo   fine-tune a real 135M chat model with IFT and SFT on this machine, and write a report"
@@ -38,6 +38,10 @@ test: $(STAMP)
 # The oldest and the newest supported versions, each in an environment of its own in .venvs; writes docs/versions.md
 test-versions: $(STAMP)
 	$(BIN)/python tests/versions.py --torch "$(TORCH)"
+
+# Change one operator or number of a method's file at a time: a test must fail. Hours; it goes on where it was
+mutants: $(STAMP)
+	$(BIN)/python tests/mutants.py --jobs 2
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
