@@ -7,11 +7,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO_ARGS ?=
+BENCHMARK_ARGS ?=
 # Two processes; a file's tests stay together, for what they share
 PYTEST_ARGS ?= -n 2 --dist loadfile
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -q
 
-.PHONY: demo test test-versions mutants lint types docs clean help
+.PHONY: demo test test-versions mutants lint types docs benchmarks clean help
 
 help:
 	@echo "make demo   fine-tune a real 135M chat model with IFT and SFT on this machine, and write a report"
@@ -19,6 +20,7 @@ help:
 	@echo "make test-versions   the same with the oldest and the newest supported versions of TRL and the packages below it"
 	@echo "make lint   ruff (lint and format);  make types   mypy"
 	@echo "make docs   build the documentation into site/, with no link that leads nowhere"
+	@echo "make benchmarks   every benchmark without a long training, on tiny models; the tables as JSON in benchmarks/results"
 
 # Re-made when the dependencies change. The demo's model comes without its inference engine, which would be compiled here.
 $(STAMP): pyproject.toml
@@ -54,6 +56,10 @@ types: $(STAMP)
 docs: $(STAMP)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 	@echo "site/index.html"
+
+# Small models by default. BENCHMARK_ARGS="--sizes tiny 135m"
+benchmarks: $(STAMP)
+	$(BIN)/python benchmarks/all.py $(BENCHMARK_ARGS)
 
 clean:
 	rm -rf $(VENV) .venvs build site *.egg-info

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import datetime
 import json
 import os
 import platform
@@ -14,6 +15,7 @@ import time
 import warnings
 from collections.abc import Callable
 from importlib.metadata import version
+from pathlib import Path
 
 
 os.environ.setdefault("CI", "1")
@@ -53,8 +55,13 @@ def parser(description: str, contenders, unit: str) -> argparse.ArgumentParser:
     )
     options.add_argument("--checkpointing", action="store_true", help="gradient checkpointing")
     options.add_argument("--no_memory", action="store_true", help="times only")
+    add_json(options)
     options.add_argument("--memory_of", choices=contenders, help=argparse.SUPPRESS)
     return options
+
+
+def add_json(options: argparse.ArgumentParser) -> None:
+    options.add_argument("--json", metavar="FILE", help="write the tables there too, with versions and machine")
 
 
 def parse(options: argparse.ArgumentParser) -> argparse.Namespace:
@@ -187,11 +194,47 @@ def print_peak_memory(make_step: Callable[[], Callable[[], float]]) -> None:
 # ---------------------------------------------------------------- printing
 
 
+# What was printed: lists of rows, each a mapping from the heading of a column to its text
+_TABLES: list[list[dict[str, str]]] = []
+_HEADS: list[list[str]] = []
+
+
+def machine() -> str:
+    """Name of the GPU, or of the CPU."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    with contextlib.suppress(OSError, StopIteration), open("/proc/cpuinfo") as file:
+        return next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
+    return f"CPU {platform.machine()}"
+
+
+def write_json(args) -> None:
+    """Write the tables that were printed to the file of `--json`, if one is named: what the last line of a benchmark does."""
+    if args.json is None:
+        return
+    import torch
+
+    result = {
+        "benchmark": Path(sys.argv[0]).stem,
+        "options": {name: value for name, value in vars(args).items() if name not in ("json", "memory_of")},
+        "machine": machine(),
+        "load": os.getloadavg(),  # of other processes: above the number of threads, times are too long
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "versions": {"torch": torch.__version__}
+        | {name: version(name) for name in ("trl", "transformers", "trl-ift")},
+        "tables": _TABLES,
+    }
+    path = Path(args.json)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=2) + "\n")
+
+
 def print_setting(args, unit: str) -> None:
     import torch
 
-    machine = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU {platform.machine()}"
-    print(f"{machine}, {args.threads} thread(s); torch {torch.__version__}, trl {version('trl')}, "
+    print(f"{machine()}, {args.threads} thread(s); torch {torch.__version__}, trl {version('trl')}, "
           f"transformers {version('transformers')}")  # fmt: skip
     print(f"batch {args.batch} {unit} of up to {args.tokens} tokens, {args.prompt_share:.0%} prompt, "
           f"{'bf16' if args.bf16 else 'fp32'}{', LoRA' if args.lora else ''}{', 4-bit' if args.load_in_4bit else ''}"
@@ -199,12 +242,17 @@ def print_setting(args, unit: str) -> None:
 
 
 def print_row(*columns) -> None:
-    print("| " + " | ".join(str(column) for column in columns) + " |", flush=True)
+    print("| " + " | ".join(map(str, columns)) + " |", flush=True)
+    _TABLES[-1].append(dict(zip(_HEADS[-1], map(str, columns), strict=True)))
 
 
 def print_head(*columns) -> None:
-    print_row(*columns)
-    print_row(*["---"] * len(columns))
+    """Begin a table."""
+    # Two columns may be called alike, each beside what it is a multiple of
+    _HEADS.append([f"{columns[i - 1]} {name}" if name in columns[:i] else name for i, name in enumerate(columns)])
+    _TABLES.append([])
+    for cells in (columns, ["---"] * len(columns)):
+        print("| " + " | ".join(cells) + " |", flush=True)
 
 
 def memory_columns(peak: float | None, base: float | None) -> tuple[str, str]:

@@ -147,6 +147,7 @@ def main() -> None:
                     shape, layout, name, f"{median:.3g}", f"{common.ratio(times, seconds[first]):.2f}",
                     f"{tokens / median:.0f}", *common.memory_columns(memory.get(name), memory.get(first)),
                 )  # fmt: skip
+    common.write_json(args)
 
 
 if __name__ == "__main__":

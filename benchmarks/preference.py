@@ -280,6 +280,7 @@ def main() -> None:
     common.print_head("model", "ours", "beside", "x time", "x memory")
     for row in beside:
         common.print_row(*row)
+    common.write_json(args)
 
 
 if __name__ == "__main__":

@@ -45,6 +45,7 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, help="all; without a GPU, not the trunk")
     parser.add_argument("--no_memory", action="store_true", help="times only")
     parser.add_argument("--memory_of", choices=CONTENDERS, help=argparse.SUPPRESS)
+    common.add_json(parser)
     parser.set_defaults(load_in_4bit=False)
     return parser
 
@@ -246,6 +247,7 @@ def main() -> None:
     for row in table:
         common.print_row(*row)
     print("\n" + "\n".join(notes))
+    common.write_json(args)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@
     python tests/mutants.py --file trl_ift/memory.py --tests tests/test_check.py
 
 Everything heavy is imported once; each mutant runs in a fork of that process, which sees the changed source and stops at the
-first test that fails. What survives is printed with its line. Outcomes are kept (`--output`), so that a run goes on where it was;
+first test that fails. What survives is printed with its line. Outcomes are kept (`--output`): a run goes on where it was;
 they are those of a source and of its tests, and forgotten when either changes. Known survivors and why they are none:
 `EQUIVALENT`.
 """
@@ -28,7 +28,15 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 # Source line after the change -> why no test could tell it from the original
-EQUIVALENT: dict[str, str] = {}
+EQUIVALENT: dict[str, str] = {
+    # aligned_sft.py
+    "near, far = (x.clamp(min=-math.log(3)), x.clamp(max=-math.log(2)))": "the value is taken for x > -log 2 alone",
+    "return torch.where(x >= -math.log(2), torch.log(-torch.expm1(near)), torch.log1p(-torch.exp(far)))": (
+        "both branches are log(1/2) at x = -log 2"
+    ),
+    "aligned = align_loss(chosen, rejected.detach(), args.beta)": "what is recorded is detached once more",
+    "aligned = align_loss(chosen.detach(), rejected, args.beta)": "what is recorded is detached once more",
+}
 _BINARY = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.FloorDiv: ast.Mult,
            ast.Pow: ast.Mult, ast.Mod: ast.FloorDiv, ast.BitAnd: ast.BitOr, ast.BitOr: ast.BitAnd}  # fmt: skip
 _COMPARE = {ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,

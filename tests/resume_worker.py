@@ -23,7 +23,7 @@ import torch
 from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftModel
 from test_methods import DATA, MODELS
-from transformers import Trainer, TrainerCallback, TrainerState
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainerState
 
 from trl_ift import extension, get_method
 from trl_ift.scripts import train as script
@@ -95,6 +95,7 @@ def train(
     settings: dict[str, Any],
     lora: bool = False,
     stream: bool = False,
+    patience: int | None = None,
     kill: tuple[str, int] | None = None,
     writing: tuple[str, int] | None = None,
     resume: bool | str | None = None,
@@ -123,6 +124,8 @@ def train(
         peft_config=adapter if lora else None,
         **data,
     )
+    if patience is not None:
+        trainer.add_callback(EarlyStoppingCallback(patience))
     if kill is not None:
         trainer.add_callback(Kill(*kill))
     if writing is not None:

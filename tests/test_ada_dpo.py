@@ -90,6 +90,11 @@ class TestScales:
         many = partial(newton_scales, rho0=0.1, tau_min=0.1, tau_max=4.0, penalty=penalty, iterations=20)
         close(many(GRID), exact, 1e-10)
 
+    def test_a_newton_step_at_a_margin_of_0(self):
+        """Without curvature it leads to the bound."""
+        found = newton_scales(torch.zeros(1, dtype=torch.float64), *OPTIONS, tau_init=2.0, iterations=1)
+        close(found, torch.full((1,), 0.1, dtype=torch.float64), 0)
+
     def test_five_newton_steps(self):
         gap = (newton_scales(GRID, *OPTIONS) - exact_scales(GRID, *OPTIONS)).abs()
         near = GRID.abs() <= 5

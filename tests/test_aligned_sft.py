@@ -37,6 +37,7 @@ def means(number=50):
         ({"asft_lambda": 0.2}, 0.7785055715),
         ({"sft_weight": 0.0}, 0.9758611908),
         ({"sft_weight": 0.0, "beta": 0.3}, 1.2480801278),
+        ({"sft_weight": 0.0, "beta": 2.0}, 0.6948025135),
     ],
 )
 def test_numbers(options, expected):
@@ -90,7 +91,7 @@ class TestIdentities:
 
 def test_log1mexp():
     """Value and gradient against float64, from the near to the far end, and at the seam."""
-    x = tensor([-1e-7, -1e-3, -0.5, -math.log(2), -0.7, -3.0, -30.0, -300.0], requires_grad=True)
+    x = tensor([-1e-9, -1e-7, -1e-3, -0.5, -math.log(2), -0.7, -3.0, -30.0, -300.0], requires_grad=True)
     exact = x.detach().double()
     value = log1mexp(x)
     (gradient,) = torch.autograd.grad(value.sum(), x)

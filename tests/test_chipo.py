@@ -126,6 +126,13 @@ def test_large_log_ratios_do_not_overflow():
     torch.testing.assert_close(slope, tensor([0.05] * 3))
 
 
+def test_bounds_of_the_exponent():
+    """The rewards of very unlikely and of very likely answers, without the logarithm."""
+    found = chipo_rewards(tensor([-1e4, -87.5, 19.5, 1e4], dtype=torch.float64), 1.0, gamma=0.0)
+    expected = tensor([math.exp(x) for x in (-88.0, -87.5, 19.5, 20.0)], dtype=torch.float64)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

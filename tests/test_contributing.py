@@ -45,7 +45,7 @@ def copy(tmp_path_factory):
     shutil.copy(ROOT / "README.md", folder)
     (folder / FILE).write_text(BLOCKS[FILE])
     insertions = {place: text for place, text in BLOCKS.items() if ", " in place}
-    assert len(insertions) == 4
+    assert len(insertions) == 6
     for place, text in insertions.items():
         file, name = place.split(", ")
         path = folder / file
@@ -63,7 +63,7 @@ def run(copy, *command):
 def test_the_method_of_the_tutorial_passes_the_contract(copy):
     result = run(
         copy, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_family.py", "tests/test_methods.py",
-        "tests/test_cli.py", "tests/test_bad_input.py", "-k", "odpo or has_a_formula",
+        "tests/test_cli.py", "tests/test_bad_input.py", "-k", "odpo or has_a_formula or in_the_table",
     )  # fmt: skip
     assert result.returncode == 0, result.stdout[-3000:]
     found = int(re.search(r"(\d+) passed", result.stdout)[1])

@@ -221,6 +221,34 @@ def test_metrics_and_evaluation(tmp_path, tokenizer):
     assert found["eval_eurus/absolute_accuracy"] == 1
 
 
+def test_what_is_recorded(tmp_path):
+    """Means over two micro-batches of unequal size; a reward of exactly 0 is neither right nor wrong."""
+    trainer = EurusRewardTrainer.__new__(EurusRewardTrainer)  # its metrics need no model
+    trainer.args = EurusRewardConfig(str(tmp_path), use_cpu=True, bf16=False)
+    trainer.model = torch.nn.Module().train()
+    c, r = [2.0, 0.0, 1.0, 0.5, 3.0], [-1.0, -2.0, 0.0, -3.0, 0.25]
+    has = [True, True, True, False, True]
+    for part in (slice(0, 3), slice(3, 5)):
+        chosen, rejected, flags = rewards(*c[part]), rewards(*r[part]), tensor(has[part]).double()
+        trainer._record(chosen, rejected, *eurus_reward_losses(chosen, rejected), flags)
+
+    def softplus(x):
+        return math.log1p(math.exp(x))
+
+    found = {name: (total / count).item() for name, (total, count) in trainer._sums["train"].items()}
+    absolute = [softplus(-x) + softplus(y) for x, y, flag in zip(c, r, has, strict=True) if flag]
+    assert found == pytest.approx(
+        {
+            "eurus/relative_loss": sum(softplus(y - x) for x, y in zip(c, r, strict=True)) / 5,
+            "eurus/absolute_loss": sum(absolute) / 4,
+            "eurus/chosen_reward": 6.5 / 5,
+            "eurus/rejected_reward": -5.75 / 5,
+            "eurus/absolute_accuracy": 1 / 4,
+        },
+        rel=1e-6,
+    )
+
+
 def test_conversations_tokens_and_streams(tmp_path, tokenizer):
     flags = tiny.conversational_preference_data().add_column("absolute", ABSOLUTE)
     trainer = trainer_of(tmp_path, tokenizer, flags)

@@ -171,6 +171,9 @@ def test_the_cut():
         one, zero = torch.ones(1, 1, dtype=torch.float64), torch.zeros(1, 1, dtype=torch.float64)
         sums, _ = figa_sums(zero, initial, zero, one, one)
         assert torch.autograd.grad(sums.sum(), initial)[0].item() == gradient
+    for bounds in ({"nll_cut": 0.75}, {"nll_floor": 0.75, "nll_cut": 2.0}):  # both belong to what is pushed down
+        sums, count = figa_sums(zero, -0.75 * one, zero, one, one, **bounds)
+        assert (sums.item(), count.item()) == (-0.375, 1)
 
 
 @pytest.mark.parametrize("value", [-1e-12, -1e4])
@@ -360,6 +363,17 @@ class TestMarksOfYourOwn:
             ValueError, match="`align='indel'` has no effect on `train_dataset`, which has the columns"
         ):
             trainer_of(tmp_path, tokenizer, self.data(tokenizer), align="indel")
+
+    @pytest.mark.parametrize("normalization", ["step", "micro"])
+    @pytest.mark.parametrize("marked", [1, 0])
+    def test_one_token_of_a_batch_or_none(self, tmp_path, tokenizer, normalization, marked):
+        rows = self.data(tokenizer).to_list()
+        for row in rows:
+            row |= {name: [0.0] * len(row[name]) for name in ("good_tokens", "bad_tokens")}
+        rows[1]["good_tokens"][2] = float(marked)
+        trainer = trainer_of(tmp_path, tokenizer, Dataset.from_list(rows), figa_normalization=normalization)
+        nll = -token_logps(double(trainer.model), tokenizer, rows[1]["prompt"], rows[1]["chosen"])[2].item()
+        assert loss_and_gradients(trainer)[0] == pytest.approx(marked * nll, rel=1e-5)
 
     def test_in_tokenized_rows(self, tmp_path, tokenizer):
         """They were marked by someone else, unless this trainer has made them."""

@@ -6,20 +6,27 @@ They are counted on real tensors of a small model: which positions the head scor
 none.
 """
 
+import importlib.util
+from pathlib import Path
+
 import pytest
 import test_methods
 import tiny
 import torch
 import torch.nn.functional as F
 from pairs import make
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from trl import DPOConfig, DPOTrainer
 
 from trl_ift import METHODS, PreferenceConfig, PreferenceTrainer
 from trl_ift.preference.sae import ReLUSAE
 
 
-aten = torch.ops.aten
+# The counter of the benchmarks, which are no package
+_SPEC = importlib.util.spec_from_file_location("flops", Path(__file__).parent.parent / "benchmarks" / "flops.py")
+_counter = importlib.util.module_from_spec(_SPEC)
+_SPEC.loader.exec_module(_counter)
+flops, floor_of = _counter.flops, _counter.floor_of
+
 # Operations of a step with stored reference log-probs, as a multiple of its floor
 BUDGET = 1.01
 # The same beside TRL's trainer in the same setting
@@ -32,22 +39,6 @@ MORE = {
 
 
 # ---------------------------------------------------------------- counting
-
-# torch counts none of these
-_MISSING = {
-    aten.addmm_: lambda out, a, b, *args, **kwargs: 2 * a[0] * a[1] * b[1],
-    aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *args, **kwargs: sdpa_flop_count(q, k, v),
-    aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda grad, q, k, v, *args, **kwargs: (
-        sdpa_backward_flop_count(grad, q, k, v)
-    ),
-}
-
-
-def flops(function) -> int:
-    """Floating-point operations of the matrix products and the attention that a call runs."""
-    with FlopCounterMode(display=False, custom_mapping=_MISSING) as counter:
-        function()
-    return counter.get_total_flops()
 
 
 def saved_bytes(model, forward) -> int:
@@ -125,34 +116,6 @@ def step_of(trainer):
     trainer.current_gradient_accumulation_steps = 1
     (inputs,), items = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), 1, trainer.args.device)
     return lambda: trainer.compute_loss(trainer.model, dict(inputs), num_items_in_batch=items), inputs
-
-
-def floor_of(model, inputs):
-    """Forward of the plain model on all sequences of a batch, a function, with the head on what is scored."""
-    rows = []
-    for name, ids in inputs.items():
-        if name.endswith("input_ids"):
-            prefix = name.removesuffix("input_ids")
-            labels = inputs.get(f"{prefix}labels")
-            if f"{prefix}completion_mask" in inputs:
-                labels = ids.masked_fill(inputs[f"{prefix}completion_mask"] == 0, -100)
-            if labels is None:  # one value at the end of each sequence
-                labels = torch.full_like(ids, -100)
-                labels[:, -1] = 0
-            rows.append((ids, inputs[f"{prefix}attention_mask"], labels))
-    width = max(ids.size(1) for ids, _, _ in rows)
-    ids, mask, labels = (
-        torch.cat([F.pad(row[i], (0, width - row[i].size(1)), value=value) for row in rows])
-        for i, value in enumerate((0, 0, -100))
-    )
-    head = getattr(model, "lm_head", None) or model.score
-
-    def forward():
-        hidden = model.model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-        logits = head(hidden[:, :-1][labels[:, 1:] != -100])
-        return logits.log_softmax(-1).sum()
-
-    return forward
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)

@@ -621,6 +621,35 @@ class TestOptions:
         fresh = quiet.evaluate(tiny.messages_data())
         assert math.isfinite(fresh["eval_sft_loss"])
 
+    def test_metrics_are_means_over_tokens(self, tmp_path, tokenizer):
+        """On answers that the model gives itself, and whose ends are others, in batches of 3 and 1 rows."""
+        model = tiny.model("llama", tokenizer)
+        twin, rows, expected = double(model), [], {"sft_loss": [], "ift/fused_loss": [], "ift/greedy_match": []}
+        for number, (question, _) in enumerate(tiny.QUESTIONS[:4], 2):
+            ids = tokenizer(question)["input_ids"]
+            start = len(ids)
+            with torch.no_grad():
+                for _ in range(number):
+                    ids.append(model(torch.tensor([ids])).logits[0, -1].argmax().item())
+            ids += [11, 12, 13]
+            rows.append({"input_ids": ids, "labels": [-100] * start + ids[start:]})
+            true = torch.tensor(ids)
+            with torch.no_grad():
+                first = twin(true[None]).logits[0, :-1].log_softmax(-1)
+                guessed = torch.cat([true[:start], first.argmax(-1)[start - 1 :]])
+                mixed = 0.8 * twin.get_input_embeddings()(true) + 0.2 * twin.get_input_embeddings()(guessed)
+                second = twin(inputs_embeds=mixed[None]).logits[0, :-1].log_softmax(-1)
+            for position in range(start - 1, len(ids) - 1):
+                target = ids[position + 1]
+                expected["sft_loss"].append(-first[position, target].item())
+                expected["ift/fused_loss"].append(-second[position, target].item())
+                expected["ift/greedy_match"].append(float(guessed[position + 1] == target))
+        found = make(tmp_path, tokenizer, model, eval_dataset=Dataset.from_list(rows)).evaluate()
+        assert sum(expected["ift/greedy_match"]) == 2 + 3 + 4 + 5
+        for name, values in expected.items():
+            assert found[f"eval_{name}"] == pytest.approx(sum(values) / len(values), rel=1e-5), name
+        assert found["eval_ift/lambda"] == 0.2
+
     def test_predictions_do_not_change_the_next_evaluation(self, tmp_path, tokenizer):
         trainer = make(tmp_path, tokenizer, eval_dataset=tiny.prompt_completion_data().select(range(4)))
         first = trainer.evaluate()

@@ -2,7 +2,7 @@
 
 import importlib
 import math
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 
 import datasets
@@ -210,6 +210,181 @@ OPTIONS = {
     },
 }
 
+# Defaults of a method's options, and of those of TRL that it changes: of the paper or its code, or the page's "our choice"
+DEFAULTS = {
+    "ift": {
+        "ift_lambda": 0.2,
+        "ift_lambda_schedule": None,
+        "ift_lambda_min": 0.0,
+        "ift_lambda_warmup_steps": 150,
+        "ift_lambda_noise_std": 0.0,
+        "ift_prediction": "argmax",
+        "ift_temperature": 1.0,
+        "ift_top_k": None,
+        "ift_gamma": 0.95,
+        "ift_propagation": "loss",
+        "ift_propagation_norm": "L1",
+        "ift_propagation_side": "left",
+        "ift_propagation_grad": "numerator",
+        "ift_loss_normalization": "sequence",
+        "ift_freeze_input_embeddings": False,
+        "disable_dropout": True,
+    },
+    "dpo": {"loss_type": ["sigmoid"], "beta": 0.1},
+    "davir-dpo": {"beta": 5.0},
+    "dpop": {"beta": 0.3, "dpop_lambda": 50.0, "dpop_variant": "inside"},
+    "minor-dpo": {"beta": 0.1},
+    "chipo": {"beta": 0.05, "chipo_r_max": None, "chipo_gamma": 1.0},
+    "regularized-po": {"beta": 0.1, "rpo_eta": None, "rpo_normalization": "sum"},
+    "soft-label-po": {
+        "beta": 0.1,
+        "soft_label_loss": "gdpo",
+        "ropo_alpha": 2.0,
+        "ropo_gamma": 0.1,
+        "soft_label_clip": None,
+        "drop_ties": False,
+        "length_normalize": None,
+    },
+    "ada-dpo": {
+        "beta": 0.01,
+        "rho0": 0.1,
+        "tau_min": 0.1,
+        "tau_max": 4.0,
+        "tau_solver": "exact",
+        "tau_init": 1.0,
+        "tau_iters": 5,
+        "tau_penalty": "linear",
+    },
+    "aligned-sft": {"beta": 1.0, "asft_lambda": 1.0, "sft_weight": 1.0},
+    "tis-dpo": {"beta": 0.1},
+    "relative-po": {
+        "beta": 0.1,
+        "distance_temperature": 0.5,
+        "relative_weighting": "embedding",
+        "diagonal_weight": 0.8,
+    },
+    "mrpo": {
+        "beta": 0.1,
+        "ref_models": None,
+        "mrpo_mode": "mrpo",
+        "mrpo_mixture": "harmonic",
+        "ctro_eps": 0.1,
+        "ctro_adaptive": True,
+        "weight_mode": "arwc",
+        "ref_weights": None,
+    },
+    "self-supervised-po": {
+        "loss_type": ["sigmoid"],
+        "beta": 0.1,
+        "spo_gamma_chosen": 0.1,
+        "spo_gamma_rejected": 0.1,
+        "spo_levels": 4,
+        "spo_pool": "mean",
+        "spo_head_learning_rate": 1e-3,
+        "spo_length_control": False,
+    },
+    "figa": {
+        "good_weight": 1.0,
+        "bad_weight": 0.5,
+        "other_weight": 0.0,
+        "nll_cut": 0.6,
+        "figa_nll_floor": 0.0,
+        "align": "levenshtein",
+        "figa_normalization": "step",
+    },
+    "fpo": {
+        "beta": 0.1,
+        "fpo_alpha": 0.5,
+        "fpo_top_k": 50,
+        "sae_path": None,
+        "sae_layer": -1,
+        "detach_chosen": True,
+    },
+    "mpo": {
+        "logit_mode": "reference",
+        "logit_scale": None,
+        "reg_weight": None,
+        "reg_kl": "forward",
+        "reg_reduction": "sequence_sum",
+        "log_w_max": 5.0,
+        "reg_rows_per_pair": 1.0,
+        "reg_dataset_name": None,
+        "allow_other_policy": False,
+        "pretrain_weight": 0.0,
+        "pretrain_dataset_name": None,
+        "learning_rate": 5e-7,
+    },
+    "spin": {"loss_type": "sigmoid", "beta": 0.1, "learning_rate": 5e-7},
+    "ld-align": {
+        "loss_type": "sigmoid",
+        "beta": 0.1,
+        "weight_normalization": None,
+        "weight_clip": None,
+        "learning_rate": 5e-7,
+    },
+    "tpo": {
+        "loss_type": "sigmoid",
+        "beta": None,
+        "tpo_l_gamma": None,
+        "tpo_alpha": 1.0,
+        "nll_normalization": "global_token_mean",
+        "gold_from": "reference",
+        "learning_rate": 5e-7,
+    },
+    "exo": {
+        "beta": 0.5,
+        "exo_loss": "exo-rw",
+        "exo_beta_r": 0.5,
+        "exo_epsilon": 1e-3,
+        "exo_targets": "normalized",
+        "exo_temperature": 1.0,
+        "exo_num_contrastive": None,
+        "precompute_ref_log_probs": True,
+    },
+    "eurus-reward": {"absolute_coef": 1.0, "relative_coef": 1.0, "learning_rate": 1e-5},
+    "ulma": {
+        "beta": 0.1,
+        "desirable_weight": 1.0,
+        "undesirable_weight": 1.0,
+        "positive_loss": "nll",
+        "negative_loss": "binary",
+        "log_z": 0.0,
+        "logp_reduction": "mean",
+        "batch_reduction": "class_means",
+        "train_sampling_strategy": "random",
+        "loss_type": "apo_zero_unpaired",
+    },
+    "uft": {
+        "beta": 0.01,
+        "desirable_weight": 1.0,
+        "undesirable_weight": 1.0,
+        "score_loss": "mse",
+        "sft_weight": 1.0,
+        "reward_offset": 0.0,
+        "score_clip": 0.0,
+        "train_sampling_strategy": "random",
+        "loss_type": "apo_zero_unpaired",
+    },
+}
+# What an option that was left out becomes: (settings, the options that follow)
+RESOLVED = {
+    "regularized-po": ({}, {"rpo_eta": 0.005}),
+    "regularized-po sequences": ({"rpo_normalization": "seq_mean"}, {"rpo_eta": 0.2}),
+    "regularized-po tokens": ({"rpo_normalization": "token_mean"}, {"rpo_eta": 0.2}),
+    "soft-label-po": ({}, {"length_normalize": False}),
+    "soft-label-po gropo": ({"soft_label_loss": "gropo"}, {"length_normalize": False}),
+    "soft-label-po gipo": ({"soft_label_loss": "gipo"}, {"length_normalize": True}),
+    "mpo": ({}, {"logit_scale": 0.1, "reg_weight": 0.05}),
+    "mpo free": ({"logit_mode": "reference_free"}, {"logit_scale": 1.0}),
+    "mpo means": ({"logit_mode": "length_norm"}, {"logit_scale": 2.0}),
+    "mpo tokens": ({"reg_reduction": "token_mean"}, {"reg_weight": 0.1}),
+    "tpo": ({}, {"beta": 0.01}),
+    "tpo hinge": ({"loss_type": "hinge"}, {"beta": 0.01}),
+    "tpo ipo": ({"loss_type": "ipo"}, {"beta": 0.5}),
+    "tpo means": ({"loss_type": "tpo-l"}, {"beta": 2.0, "tpo_l_gamma": 1.6}),
+    "tpo means and beta": ({"loss_type": "tpo-l", "beta": 2.0}, {"beta": 2.0, "tpo_l_gamma": 0.5}),
+}
+
 
 def fpo_data(settings):
     generator = torch.Generator().manual_seed(0)
@@ -334,6 +509,30 @@ def test_every_option_is_documented(method):
         assert described[name], f"{name} has no help"
         assert "%" not in described[name].replace("%%", ""), f"argparse needs %% in the help of {name}"
         assert f"{name} (`" in method.config_class.__doc__, f"{name} is missing in the docstring"
+
+
+def declared(config_class):
+    """Default of each field."""
+    return {
+        field.name: field.default if field.default_factory is MISSING else field.default_factory()
+        for field in fields(config_class)
+    }
+
+
+@every_method
+def test_defaults(method):
+    found = declared(method.config_class)
+    names = {*method.trainer_class.card_options, *method.trainer_class.own_options()}
+    trl = next(base for base in method.config_class.__mro__ if base.__module__.split(".")[0] == "trl")
+    names |= {name for name, default in declared(trl).items() if found[name] != default}
+    assert {name: found[name] for name in names} == DEFAULTS[method.name]
+
+
+@pytest.mark.parametrize("name", RESOLVED)
+def test_options_left_out(name, tmp_path):
+    settings, expected = RESOLVED[name]
+    config = get_method(name.split()[0]).config_class(str(tmp_path), use_cpu=True, bf16=False, **settings)
+    assert {option: getattr(config, option) for option in expected} == expected
 
 
 def outcome(*args, **settings):

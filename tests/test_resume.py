@@ -6,10 +6,12 @@ Every run is a process of its own, a fork of `resume_worker.py`. A method is und
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,7 +21,9 @@ import torch
 from safetensors.torch import load_file
 from transformers.trainer_pt_utils import safe_globals
 
+from trl_ift import reference
 from trl_ift.checks import is_complete_checkpoint
+from trl_ift.extension import ExtensionTrainer
 from trl_ift.registry import METHODS, get_method
 
 
@@ -38,6 +42,8 @@ STATEFUL = {
         "ift_lambda_warmup_steps": 5,
     }
 }
+# What happens at the end of an epoch, behind the save of its last step
+BY_EPOCH = {"eval_strategy": "epoch", "logging_strategy": "epoch"}
 TIMES = ("_runtime", "_per_second")
 
 
@@ -87,14 +93,36 @@ def interrupted(worker, tmp_path, tmp_path_factory):
         whole = worker.whole(tmp_path_factory, **job)
         codes, printed = worker(tmp_path, "killed", kill=kill, writing=writing, **job)
         assert -signal.SIGKILL in codes, printed[-3000:]
-        found = sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*") if is_complete_checkpoint(path))
-        note = f"killed at {kill or writing}; complete checkpoints: {found}"
+        found = [path for path in (tmp_path / "run").glob("checkpoint-*") if is_complete_checkpoint(path)]
+        note = f"killed at {kill or writing}; complete checkpoints: {sorted(path.name for path in found)}"
+        rest = rest_of(whole, max(found, key=step_of))
         codes, printed = worker(tmp_path, "resumed", resume=resume, **job)
         assert set(codes) == {0}, f"{note}: {printed[-3000:]}"
         assert_same(tmp_path / "run", whole, note)
+        steps, loss = rest
+        summary = json.loads((tmp_path / "run" / "log.json").read_text())[-1]
+        assert summary["train_loss"] * max(steps, 0.001) == pytest.approx(loss, rel=1e-5, abs=1e-4), note
         return printed
 
     return run
+
+
+def step_of(checkpoint):
+    return int(checkpoint.name.split("-")[1])
+
+
+def rest_of(whole, checkpoint):
+    """Number of steps behind a checkpoint, and the sum of their losses: that of all less those before it."""
+    *log, summary = json.loads((whole / "log.json").read_text())
+    state = json.loads((checkpoint / "trl_ift_state.json").read_text())
+    losses = [(entry["step"], entry["loss"]) for entry in log if "loss" in entry]
+    before, last = 0.0, 0
+    for step, loss in losses:
+        if step <= state["last_logged"]:
+            before, last = before + (step - last) * loss, step
+    logged = losses[-1][0] > state["last_logged"]
+    before += sum(state["loss"]) / len(state["loss"]) if logged else state["loss"][0]
+    return summary["step"] - step_of(checkpoint), summary["train_loss"] * summary["step"] - before
 
 
 def without_times(entry):
@@ -136,7 +164,7 @@ def equal(left, right):
 
 def assert_same(found, expected, note):
     """The last checkpoints of two runs, file by file, and what was logged."""
-    last = max(expected.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1])).name
+    last = max(expected.glob("checkpoint-*"), key=step_of).name
     files = sorted(path.relative_to(expected) for path in (expected / last).rglob("*") if path.is_file())
     assert {path.name for path in files} >= {"optimizer.pt", "scheduler.pt", "trainer_state.json"}
     assert any("rng_state" in path.name for path in files)
@@ -206,6 +234,89 @@ def test_killed_behind_the_last_checkpoint(stream, interrupted):
     interrupted(kill=("on_save", 5), method="dpo", settings=settings, stream=stream)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("kill", [("on_save", 2), ("on_prediction_step", 6)])
+def test_end_of_an_epoch(kill, stream, interrupted):
+    """Killed behind the save of its last step: its log and its evaluation, the last one of the run too, are not left out."""
+    interrupted(kill=kill, method="dpo", settings=BY_EPOCH, stream=stream)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_end_of_an_epoch_behind_an_evaluation(stream, interrupted):
+    """Which is one of its last step: what is logged at the end is that of a model which does not train."""
+    interrupted(kill=("on_save", 2), method="dpo", settings={"logging_strategy": "epoch"}, stream=stream)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_end_in_the_middle_of_an_epoch(stream, interrupted, tmp_path):
+    settings = BY_EPOCH | {"max_steps": 5, "save_steps": 5}
+    interrupted(kill=("on_save", 5), method="dpo", settings=settings, stream=stream)
+    assert [e["step"] for e in json.loads((tmp_path / "run" / "log.json").read_text()) if "eval_loss" in e] == [
+        2,
+        4,
+        5,
+    ]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_saved_at_the_end_of_an_epoch(stream, interrupted):
+    """Nothing of that end is outstanding: it is not evaluated twice."""
+    interrupted(
+        kill=("on_epoch_begin", 4), method="dpo", settings=BY_EPOCH | {"save_strategy": "epoch"}, stream=stream
+    )
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_states_of_callbacks(stream, interrupted):
+    """Training stops where it would have, its metric worse three times in a row: once before, twice behind the checkpoint."""
+    settings = {"metric_for_best_model": "eval_loss", "greater_is_better": True, "eval_steps": 1, "logging_steps": 1}
+    settings |= {"restore_callback_states_from_checkpoint": True}
+    interrupted(kill=("on_step_begin", 3), method="dpo", settings=settings, patience=3, stream=stream)
+
+
+def test_states_of_callbacks_at_the_end_of_an_epoch(interrupted):
+    """The wish to save, which is stored within the save, is not carried out again."""
+    settings = BY_EPOCH | {"restore_callback_states_from_checkpoint": True}
+    interrupted(kill=("on_prediction_step", 6), method="dpo", settings=settings)
+
+
+def test_neftune(interrupted, worker, tmp_path, tmp_path_factory):
+    interrupted(kill=drawn("neftune"), method="dpo", settings={"neftune_noise_alpha": 5.0})
+    silent = worker.whole(tmp_path_factory, method="dpo", settings={})
+    weights = [load_file(run / "checkpoint-6" / "model.safetensors") for run in (silent, tmp_path / "run")]
+    assert not equal(*weights)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_other_kind_of_dataset(stream, worker, tmp_path, tmp_path_factory):
+    """The place in a stream is none in a dataset, and the reverse; with `ignore_data_skip` none is used."""
+    checkpoint = worker.whole(tmp_path_factory, method="dpo", settings={}, stream=stream) / "checkpoint-4"
+    job = {"method": "dpo", "stream": not stream, "resume": str(checkpoint)}
+    codes, printed = worker(tmp_path, "refused", settings={}, **job)
+    kinds = ["a `Dataset`", "a stream (`IterableDataset`)"]
+    assert codes == [1]
+    assert f"is of a training on {kinds[stream]}, and `train_dataset` is {kinds[not stream]}" in printed
+    codes, printed = worker(tmp_path, "taken", settings={"ignore_data_skip": True}, **job)
+    assert codes == [0], printed[-3000:]
+    assert step_of(tmp_path / "run" / "checkpoint-6") == 6
+
+
+@pytest.mark.parametrize("written_by", ["an older version", "another trainer"])
+def test_stream_without_its_place(written_by, worker, tmp_path, tmp_path_factory):
+    checkpoint = worker.whole(tmp_path_factory, method="dpo", settings={}, stream=True) / "checkpoint-4"
+    copied = shutil.copytree(checkpoint, tmp_path / "checkpoint-4") / "trl_ift_state.json"
+    state = json.loads(copied.read_text())
+    del state["stream"], state["last_step"]
+    copied.write_text(json.dumps(state))
+    if written_by == "another trainer":
+        copied.unlink()
+    codes, printed = worker(
+        tmp_path, "resumed", method="dpo", settings={}, stream=True, resume=str(tmp_path / "checkpoint-4")
+    )
+    assert codes == [0], printed[-3000:]
+    assert printed.count("does not say where it was in the stream") == 1
+
+
 @pytest.mark.parametrize("part", ["weights", "optimizer", "state"])
 @pytest.mark.parametrize("lora", [False, True])
 def test_killed_while_a_checkpoint_is_written(part, lora, interrupted, tmp_path):
@@ -233,15 +344,58 @@ def test_moving_reference(method, interrupted, tmp_path):
     assert not equal(load_file(last / "reference" / "model.safetensors"), load_file(last / "model.safetensors"))
 
 
+@pytest.mark.parametrize("sharded", ["FSDP", "ZeRO-3"])
+def test_moving_reference_in_parts(sharded, worker, tmp_path, tmp_path_factory, monkeypatch):
+    """Said when training begins, and refused when it is resumed."""
+    settings = {"sync_ref_model": True, "ref_model_sync_steps": 1, "ref_model_mixup_alpha": 0.5}
+    whole = worker.whole(tmp_path_factory, method="dpo", settings=settings)
+    dpo = get_method("dpo")
+    config = dpo.config_class(str(tmp_path), use_cpu=True, bf16=False, report_to="none", sync_ref_model=True)
+    tokenizer = resume_worker.TOKENIZER
+    trainer = dpo.trainer_class(
+        tiny.model("llama", tokenizer), args=config, train_dataset=tiny.preference_data(), processing_class=tokenizer
+    )
+    warnings = []
+    monkeypatch.setattr(reference.logger, "warning_once", warnings.append)
+    with monkeypatch.context() as patch:  # what would shard the weights
+        patch.setattr(ExtensionTrainer, "train", lambda self, checkpoint: checkpoint)
+        trainer.train()
+        assert not warnings
+        if sharded == "FSDP":
+            trainer.is_fsdp_enabled = True
+        else:
+            trainer.args.deepspeed_plugin = SimpleNamespace(zero_stage=3)
+        assert trainer.train("checkpoint") == "checkpoint"
+        assert len(warnings) == 1
+        assert "checkpoints of this run cannot be resumed" in warnings[0]
+        trainer.args.save_only_model = True
+        trainer.train()
+        assert len(warnings) == 1
+    with pytest.raises(ValueError, match="cannot be resumed without its reference"):
+        trainer.train(resume_from_checkpoint=str(whole / "checkpoint-6"))
+
+
 def test_best_model(interrupted):
     """The best checkpoint is kept, and known, across the interruption."""
     settings = {"load_best_model_at_end": True, "save_total_limit": 1}
     interrupted(kill=("on_substep_end", 4), method="tpo", settings=settings)
 
 
+TWO = {"ddp_backend": "gloo", "per_device_train_batch_size": 1}
+
+
 def test_two_processes(interrupted):
-    settings = {"ddp_backend": "gloo", "per_device_train_batch_size": 1}
-    interrupted(kill=("on_step_begin", 5), method="self-supervised-po", settings=settings, lora=True, processes=2)
+    interrupted(kill=("on_step_begin", 5), method="self-supervised-po", settings=TWO, lora=True, processes=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "settings",
+    [BY_EPOCH, {"logging_first_step": True, "max_steps": 5, "save_steps": 4}],
+    ids=["by epoch", "no log behind the checkpoint"],
+)
+def test_two_processes_that_log_elsewhere(settings, interrupted):
+    interrupted(kill=("on_save", 4), method="dpo", settings=TWO | settings, processes=2)
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ from trl import DPOConfig, DPOTrainer
 
 from trl_ift import SoftLabelPOConfig, SoftLabelPOTrainer
 from trl_ift.preference import soft_label_po
-from trl_ift.preference.soft_label_po import LOSSES, soft_label_loss
+from trl_ift.preference.soft_label_po import LOSSES, _is_no_tie, soft_label_loss
 
 
 SOFT = [name for name, (kind, _) in LOSSES.items() if kind]
@@ -217,6 +217,10 @@ class TestTies:
         stream = anchored(4, soft_label=[0.5, 0.7, 0.5, 0.2]).to_iterable_dataset()
         trainer = trainer_of(tmp_path, tokenizer, stream, drop_ties=True)
         assert [row["soft_label"] for row in trainer.train_dataset] == [0.7, 0.2]
+
+    def test_rounding_makes_no_preference(self):
+        labels = (0.5, 0.5000004, 0.4999996, 0.5000006, 0.4999994, 0.0, 1.0)
+        assert [_is_no_tie(label) for label in labels] == [False] * 3 + [True] * 4
 
     def test_ties_alone(self, tmp_path, tokenizer):
         with pytest.raises(ValueError, match="All rows of the train dataset are ties"):

@@ -94,6 +94,13 @@ class TestNumbers:
         for normalization, value in expected.items():
             close(toy_pair() + 0.5 * toy_gold(normalization), value)
 
+    def test_answers_of_one_token(self):
+        one = torch.ones(1, dtype=torch.long)
+        logps = torch.tensor([-2.0], dtype=torch.float64), torch.tensor([-3.0], dtype=torch.float64)
+        close(tpo_pair_loss(*logps, one, one, "ipo", 0.25), [1.0])
+        close(tpo_pair_loss(*logps, one, one, "tpo-l", 2.0, gamma=2.0), [math.log(2)])
+        close(gold_nll_sum(logps[0], one, "sequence_mean"), 2.0)
+
     def test_bias_of_two_micro_batches(self):
         close(toy_pair() + toy_gold("batch_token_mean"), 1.2588094935)
         halves = [toy_gold("batch_token_mean", slice(i, i + 1)) for i in range(2)]

@@ -33,6 +33,7 @@ _TOOLS = {
     "triples": ("trl_ift.data.triples", "Build triples (gold, chosen, rejected) from scored responses"),
     "score": ("trl_ift.data.scoring", "Write the loss of every row of an SFT dataset under a model"),
     "select": ("trl_ift.data.selection", "Select rows of an SFT dataset by their scores, with a report"),
+    "references": ("trl_ift.data.stored_references", "Store the reference log-probs of a dataset, for many trainings"),
     "merge": ("trl_ift.hub.merge", "Merge an adapter into its base model, and push the result"),
     "study": ("trl_ift.study.cli", "Compare methods from several starts, with several data sizes and seeds"),
     "demo": ("trl_ift.demo", "Fine-tune a small chat model on this machine and write a report"),

@@ -5,13 +5,14 @@ earlier results, the model card, and pushes without pickles.
 """
 
 import json
+import math
 import os
 import re
 import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -116,6 +117,17 @@ class ExtensionTrainer(_Trainer):
             )
         return args
 
+    def create_accelerator_and_postprocess(self) -> None:
+        """As in transformers; under FSDP2 the model gives its log-probabilities out in float32, as it computes them.
+
+        accelerate would have all that a module returns cast to the precision of the weights: a sum over a response in bfloat16
+        is off by nats.
+        """
+        super().create_accelerator_and_postprocess()
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if plugin is not None and self.accelerator.is_fsdp2 and plugin.mixed_precision_policy is not None:
+            plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, output_dtype=None)
+
     @staticmethod
     def _check_source(args: Any, model: Any, processing_class: Any, quantization_config: Any) -> None:
         check_model_source(model, processing_class)
@@ -189,6 +201,9 @@ class ExtensionTrainer(_Trainer):
     def _extension_state(self) -> dict[str, Any]:
         """State beyond the Trainer's that a resumed run needs, as JSON. Call it on all processes: it gathers."""
         means = self.__dict__.get("_sums", {}).get("train", {})
+        last_step = self._last_step and [
+            value.item() if isinstance(value, torch.Tensor) else value for value in self._last_step
+        ]
         state = {
             "num_tokens": self._total_train_tokens,
             # Of the steps since the last log, where the checkpoint lies between two
@@ -197,12 +212,17 @@ class ExtensionTrainer(_Trainer):
             # ... of each process
             "loss": self.accelerator.gather(self._tr_loss[None]).tolist(),
             "means": {name: self.accelerator.gather(value[None]).tolist() for name, value in means.items()},
+            # Norm of the gradient and learning rate, which a log at the end of the epoch shows; not where that end is over
+            "last_step": last_step,
+            # `log` asks for it: no longer after an evaluation
+            "training": self.model.training,
+            "stream": None,
         }
         if isinstance(self.train_dataset, IterableDataset):
             # Passes over the stream, and micro-batches of the next one; an epoch there are all the steps of the run
             passes, part = divmod(self.state.epoch, 1)
-            batches = self.state.max_steps * self.args.gradient_accumulation_steps
-            state["stream"] = [int(passes), round(part * batches)]
+            batches = round(part * self.state.max_steps * self.args.gradient_accumulation_steps)
+            state["stream"] = [int(passes), batches] if last_step else [math.ceil(self.state.epoch), 0]
         return state
 
     def _save_extension_state(self, checkpoint: Path, state: dict[str, Any]) -> None:
@@ -212,16 +232,17 @@ class ExtensionTrainer(_Trainer):
     def _load_extension_state(self, checkpoint: Path) -> None:
         """Hook: take it from a checkpoint, on all processes, before training begins."""
         path = checkpoint / _STATE_FILE
-        if not path.is_file():  # the checkpoint was written by another trainer, e.g. `trl.SFTTrainer`
+        # Without it the checkpoint was written by another trainer, e.g. `trl.SFTTrainer`
+        state = json.loads(path.read_text()) if path.is_file() else {}
+        self._check_place(checkpoint, state)
+        if not state:
             return
-        state = json.loads(path.read_text())
         self._total_train_tokens = state["num_tokens"]
-        if "stream" in state:
-            self._resumed_state["stream"] = state["stream"]
+        self._resumed_state |= {name: state.get(name) for name in ("stream", "last_step", "training")}
         # With another number of processes, the next log is of the steps after the checkpoint
         if len(state.get("loss", [])) == self.accelerator.num_processes:
             process = self.accelerator.process_index
-            self._resumed_state |= {"last_logged": state["last_logged"], "loss": state["loss"][process]}
+            self._resumed_state |= {"last_logged": state["last_logged"], "losses": state["loss"]}
             self._metrics["train"].clear()
             self._metrics["train"].update(state["metrics"])
             means = {
@@ -229,23 +250,83 @@ class ExtensionTrainer(_Trainer):
             }
             self.__dict__.setdefault("_sums", {"train": {}, "eval": {}})["train"] = means
 
+    def _check_place(self, checkpoint: Path, state: dict[str, Any]) -> None:
+        """Refuse a place in a stream for other data and the reverse; warn of a stream whose place is not known."""
+        if self.args.ignore_data_skip:
+            return
+        stream = isinstance(self.train_dataset, IterableDataset)
+        if "stream" not in state:
+            if stream:
+                logger.warning(
+                    f"The checkpoint `{checkpoint}` does not say where it was in the stream (`IterableDataset`). Training goes "
+                    "on where transformers takes it to have been, which is another place from the second pass on."
+                )
+        elif stream != (state["stream"] is not None):
+            kinds = ["`Dataset`", "stream (`IterableDataset`)"]
+            raise ValueError(
+                f"The checkpoint `{checkpoint}` is of a training on a {kinds[not stream]}, and `train_dataset` is a "
+                f"{kinds[stream]}: its place in the data is another there. Pass the same kind of dataset, or set "
+                "`ignore_data_skip=True` to begin with its first rows."
+            )
+
     def _init_training_state(self, *args, **kwargs):
-        """As in transformers, which takes all the passes over a stream for one: it would skip batches of the first alone."""
-        position = super()._init_training_state(*args, **kwargs)
-        if "stream" in self._resumed_state and not self.args.ignore_data_skip:
-            return tuple(self._resumed_state["stream"])
-        return position
+        """As in transformers, with the place in a stream and the end of an epoch.
+
+        It takes all the passes over a stream for one, so that it would skip batches of the first alone; and an epoch for ended
+        after its last step, when its log, its evaluation and what callbacks do then may be outstanding.
+        """
+        epoch, batches = super()._init_training_state(*args, **kwargs)
+        resumed = self._resumed = dict(self._resumed_state)
+        self._last_step: tuple[Any, Any] | None = None
+        self._noted_step = self.state.global_step
+        self.control.should_save = False  # one that callbacks' states bring is that of within the save
+        if resumed.get("stream") and not self.args.ignore_data_skip:
+            epoch, batches = resumed["stream"]
+        done = self.state.global_step >= self.state.max_steps
+        if resumed.get("last_step") and (done or (self.state.epoch, 0) == (epoch, batches)):
+            resumed["epoch_ends"] = True
+            return math.ceil(self.state.epoch) - 1, 0
+        return epoch, batches
 
     def _run_epoch(self, *args, **kwargs):
         """As in transformers, which takes one more step when resumed at the end, and forgets the loss since the last log."""
-        if self.state.global_step >= self.state.max_steps:
+        resumed = self._resumed
+        if "last_logged" in resumed:  # after the loop has begun to count anew
+            self._globalstep_last_logged = resumed["brought_until"] = resumed.pop("last_logged")
+            self._tr_loss += resumed["losses"][self.accelerator.process_index]
+        if (training := resumed.pop("training", None)) is not None:
+            kwargs["model"].train(training)
+        done = self.state.global_step >= self.state.max_steps
+        if done:
             self.control.should_training_stop = True
-            return
-        if "last_logged" in self._resumed_state:  # after the loop has begun to count anew
-            self._globalstep_last_logged = self._resumed_state.pop("last_logged")
-            self._tr_loss += self._resumed_state["loss"]
-            self._total_loss_scalar -= self._resumed_state["loss"]  # `train_loss` is of the steps of this call
-        super()._run_epoch(*args, **kwargs)
+        if resumed.pop("epoch_ends", False):
+            self._load_rng_state(kwargs["resume_from_checkpoint"])
+            self.control = self.callback_handler.on_epoch_end(self.args, self.state, self.control)
+            place = (kwargs[name] for name in ("model", "trial", "epoch", "ignore_keys_for_eval", "start_time"))
+            self._maybe_log_save_evaluate(self._tr_loss, None, *place)
+        elif not done:
+            super()._run_epoch(*args, **kwargs)
+
+    def _maybe_log_save_evaluate(self, tr_loss, grad_norm, *args, learning_rate=None, **kwargs):
+        """As in transformers, which calls it after each step, and once more for the end of an epoch."""
+        brought = self._resumed.pop("last_step", None)
+        if learning_rate is None and brought:  # the last step of this epoch is that of the checkpoint
+            grad_norm, learning_rate = brought
+        if self.state.global_step > self._noted_step:
+            self._noted_step = self.state.global_step
+            self._last_step = (grad_norm, learning_rate)
+        else:
+            self._last_step = None
+        super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, learning_rate=learning_rate, **kwargs)
+
+    def _finalize_training(self, *args, **kwargs):
+        """As in transformers; `train_loss` is of the steps of this call, without the loss that a checkpoint brought."""
+        if "brought_until" in self._resumed:
+            losses = torch.tensor(self._resumed["losses"])
+            # A log adds the mean over the processes, the end the loss of each
+            logged = self._globalstep_last_logged > self._resumed["brought_until"]
+            self._total_loss_scalar -= (losses.mean() if logged else losses[self.accelerator.process_index]).item()
+        return super()._finalize_training(*args, **kwargs)
 
     def _save_checkpoint(self, model, trial):
         checkpoint = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"

@@ -24,7 +24,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from trl import RewardTrainer, SFTTrainer
 
 from .data.inference import load_tokenizer
-from .memory import Batch, checkpoint_bytes, estimate_memory, savings
+from .memory import (
+    Batch,
+    MemoryEstimate,
+    checkpoint_bytes,
+    estimate_memory,
+    fits_without_checkpointing,
+    free_memory,
+    savings,
+)
 from .reference import REFERENCE_TOLERANCE, ReferenceTrainer
 from .sequences import rendered, responses_of, sequences_of
 from .trl_internals import FusedCausalLMOutput, forget_fused_head, without_weight_hashes
@@ -464,8 +472,25 @@ def _costs(
         "total": estimate.total,
         "available": _available(args.device),
         "would_save": [list(pair) for pair in savings(model, args, largest, copied, estimate)],
+        "without_checkpointing": _without_checkpointing(model, args, largest, estimate, loaded),
     }
     return plan, memory
+
+
+def _without_checkpointing(
+    model: Any, args: Any, largest: Batch, estimate: MemoryEstimate, loaded: bool
+) -> dict[str, Any] | None:
+    """The estimate for activations that are kept, and whether that fits now; `None` if they are kept."""
+    if not args.gradient_checkpointing:
+        return None
+    kept = copy.copy(args)
+    kept.gradient_checkpointing = False
+    activations = estimate_memory(model, kept, largest).activations
+    free, fits = free_memory(args.device), None
+    if free is not None:  # weights that are not there yet will be
+        free -= 0 if loaded else estimate.weights
+        fits = fits_without_checkpointing(model, args, largest, free)[0]
+    return {"total": estimate.total - estimate.activations + activations, "fits": fits}
 
 
 def _checkpoints(args: Any, steps: int, steps_per_epoch: int) -> int:

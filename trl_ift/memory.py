@@ -19,15 +19,26 @@ parts that are seldom all there at once, and leaves out what allocators and libr
 factor of two. For several devices it is that of each under DDP; FSDP and DeepSpeed split it.
 """
 
+import copy
 from dataclasses import dataclass, fields, replace
+from itertools import islice
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from accelerate.utils import is_peft_model
+from datasets import Dataset
+
+from .sequences import responses_of
 
 
 # Bytes a weight of a linear layer takes with bitsandbytes, block scales included
 _QUANTIZED_BYTES = {4: 0.5625, 8: 1.0}
+# The option, and its name in newer versions of transformers
+CHECKPOINTING_OPTIONS = ("gradient_checkpointing", "activation_checkpointing")
+# How far the measured peak may lie above the estimate
+_MARGIN = 2
 # Probabilities kept by the head on a CPU, and logits of a tile there and elsewhere
 _KEPT_ON_CPU, _TILE_ON_CPU, _TILE = 2**26, 2**23, 2**26
 
@@ -183,6 +194,90 @@ def head_bytes(shape: Shape, batch: Batch, width: int, on_cpu: bool, trained_hea
     tiles = 3 * min(logits, _TILE_ON_CPU if on_cpu else _TILE)
     gradient = shape.vocabulary * shape.hidden if trained_head and logits else 0
     return width * batch.labelled * shape.hidden + 4 * (kept + tiles + gradient)
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that are free on a device now; of the machine for a CPU, `None` for another kind."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type != "cpu":
+        return None
+    import psutil
+
+    return psutil.virtual_memory().available
+
+
+def largest_batch(trainer: Any) -> Batch | None:
+    """A micro-batch of the training that no other one exceeds; `None` if the length of its rows is not known."""
+    args, dataset = trainer.args, trainer.train_dataset
+    first = list(islice(iter(dataset), args.per_device_train_batch_size))
+    rows = sum(len(responses_of(row)) for row in first)
+    length = _longest(dataset) if isinstance(dataset, Dataset) else None
+    known = [number for number in (length, args.max_length) if number is not None]
+    return Batch(rows, min(known), rows * min(known)) if known and rows else None
+
+
+def _longest(dataset: Dataset) -> int | None:
+    """Most tokens of a response with its prompt in a prepared dataset; `None` if some are in a column of lists of them."""
+    columns = set(dataset.column_names)
+    if any(name.endswith("_rows") for name in columns):
+        return None
+    names = {"chosen_ids", "rejected_ids", "completion_ids"} & columns or {"input_ids"} & columns
+    if not names:
+        return None
+    longest, prompt = 0, ["prompt_ids"] if "prompt_ids" in columns else []
+    for table in dataset.select_columns([*names, *prompt]).with_format("arrow").iter(1000):
+        before = pc.list_value_length(table["prompt_ids"]) if prompt else pa.scalar(0)
+        totals = [pc.max(pc.add(pc.list_value_length(table[name]), before)).as_py() for name in names]
+        longest = max(longest, *totals)
+    return longest
+
+
+def fits_without_checkpointing(model: torch.nn.Module, args: Any, batch: Batch, free: int) -> tuple[bool, int]:
+    """Whether a training that keeps its activations fits, with a margin for the estimate, and the bytes that it would take.
+
+    Args:
+        model: The model that is trained, in memory already; what it takes now is not counted.
+        args: Config of the trainer.
+        batch: The largest micro-batch.
+        free: Bytes that are free.
+    """
+    args = copy.copy(args)
+    args.gradient_checkpointing = False
+    there = sum(weight_bytes(parameter) for parameter in model.parameters())
+    needed = estimate_memory(model, args, batch).total - there
+    return _MARGIN * needed <= free, needed
+
+
+def choose_checkpointing(trainer: Any) -> str:
+    """Switch gradient checkpointing off if the training fits without it; return a sentence that says what was chosen and why.
+
+    TRL's default is on, and computes the forward pass of each layer twice: about a third more time. The gradients are the
+    same. For a trainer that is about to train.
+    """
+    args, accelerator = trainer.args, trainer.accelerator
+    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+        return "Gradient checkpointing is on, as in TRL: with sharded weights the memory is not estimated."
+    batch, free = largest_batch(trainer), free_memory(args.device)
+    if batch is None or free is None:
+        unknown = "`max_length`" if batch is None else f"free memory of a device of type {args.device.type!r}"
+        return f"Gradient checkpointing is on, as in TRL: there is no {unknown} to choose by."
+    if args.device.type == "cpu":
+        free //= accelerator.num_processes  # of this machine; more of them share less
+    try:
+        fits, needed = fits_without_checkpointing(trainer.model, args, batch, free)
+    except AttributeError as error:  # an architecture with other names
+        return f"Gradient checkpointing is on, as in TRL: the memory of this model cannot be estimated ({error})."
+    fits = bool(accelerator.gather(torch.tensor([fits], device=args.device)).all())  # the same for all processes
+    sizes = f"an estimated {needed / 2**30:.2g} GiB beside the weights, {free / 2**30:.2g} GiB are free"
+    if not fits:
+        return (
+            f"Gradient checkpointing is on: without it the training takes {sizes} (`--gradient_checkpointing false`)."
+        )
+    for name in CHECKPOINTING_OPTIONS:
+        if hasattr(args, name):
+            setattr(args, name, False)
+    return f"Gradient checkpointing is off: the training takes {sizes} (`--gradient_checkpointing true`)."
 
 
 def savings(

@@ -4,7 +4,8 @@ They stand in the dataset (stored), are computed before training, or by a model 
 """
 
 import copy
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,12 @@ from accelerate.utils import is_peft_model, parse_flag_from_env
 from datasets import Dataset, IterableDataset
 from datasets.fingerprint import Hasher
 from safetensors.torch import load_model, save_model
+from transformers.trainer_utils import SaveStrategy
 from transformers.utils import logging
 
 from .checks import named_datasets
 from .data.fingerprint import differs_from_source
+from .data.inference import load_tokenizer, tokenizer_digest
 from .extension import ExtensionTrainer
 from .hub.card import library_versions
 from .trl_internals import NoReference, forget_fused_head, get_config_model_id, share_cache_folder
@@ -25,6 +28,8 @@ from .trl_internals import NoReference, forget_fused_head, get_config_model_id, 
 
 # Largest mean log-ratio, in nats a token, of a policy that has not been trained: rounding
 REFERENCE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.05}
+# Column that says what stored log-probabilities were computed with, as JSON: it goes wherever the rows go
+REF_SETTINGS = "ref_settings"
 # In a folder of its own: pushes copy the weights that lie beside it
 _REFERENCE_FILE = Path("reference", "model.safetensors")
 
@@ -202,6 +207,17 @@ class ReferenceTrainer(ExtensionTrainer):
             self.args.deepspeed_plugin is not None and self.args.deepspeed_plugin.zero_stage == 3
         )
 
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+        """As in [`ExtensionTrainer`]; warns of checkpoints that lack a reference that moves."""
+        saves = self.args.save_strategy != SaveStrategy.NO and not self.args.save_only_model
+        if self.args.sync_ref_model and self._reference_is_in_parts and saves:
+            logger.warning_once(
+                "The checkpoints of this run cannot be resumed: with `sync_ref_model=True` the reference moves, and FSDP and "
+                "ZeRO-3 keep it in parts, which are not saved. Train without them, or with `sync_ref_model=False`, where a run "
+                "may be interrupted."
+            )
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
     def _save_extension_state(self, checkpoint: Path, state: dict[str, Any]) -> None:
         super()._save_extension_state(checkpoint, state)
         if self.args.sync_ref_model and not self.args.save_only_model and not self._reference_is_in_parts:
@@ -232,12 +248,18 @@ class ReferenceTrainer(ExtensionTrainer):
             for name, dataset in named.items():
                 self._check_dataset(self.args, dataset, f"{name} dataset", self._stored_reference)
             stored = all(self.ref_columns[0] in next(iter(dataset)) for dataset in named.values())
+            if self._stored_reference:
+                named = {"train_dataset": self.train_dataset} | {f"{n} dataset": data for n, data in named.items()}
+                check_ref_settings(self.args, named, self.model, self.processing_class)
         with self._reference_in_batch(self.precompute_ref_logps and not stored):  # TRL has none to compute
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     def predict(self, test_dataset, ignore_keys=None, metric_key_prefix="test"):
         """As in transformers; the dataset is prepared as `evaluate` prepares it."""
         self._check_dataset(self.args, test_dataset, "test_dataset", self._stored_reference)
+        if self._stored_reference:
+            named = {"train_dataset": self.train_dataset, "test_dataset": test_dataset}
+            check_ref_settings(self.args, named, self.model, self.processing_class)
         test_dataset = self._prepare_dataset(test_dataset, self.processing_class, self.args, metric_key_prefix)
         if self.precompute_ref_logps and self.ref_columns[0] not in next(iter(test_dataset)):
             if self.ref_model is None and not is_peft_model(self.model) and self.state.global_step > 0:
@@ -248,6 +270,69 @@ class ReferenceTrainer(ExtensionTrainer):
             batch_size = self.args.precompute_ref_batch_size or self.args.per_device_eval_batch_size
             test_dataset = self._precompute_ref_logps(test_dataset, metric_key_prefix, batch_size)
         return super().predict(test_dataset, ignore_keys, metric_key_prefix)
+
+
+def check_ref_settings(args: Any, datasets: Mapping[str, Any], model: Any, processing_class: Any) -> None:
+    """Raise if stored log-probabilities are sums over other tokens than those of the training, or of several references.
+
+    Those without a column `ref_settings`, which `store_references` writes, are a user's own and are not looked at.
+
+    Args:
+        args: Config of the trainer.
+        datasets: The datasets by the name that messages call them.
+        model: The model, or its name: its tokenizer is used where there is no `processing_class`.
+        processing_class: Tokenizer of the training.
+
+    Raises:
+        ValueError: They do not belong to this training.
+    """
+    expected: dict[str, Any] = {}
+    references: dict[str, str] = {}
+    for name, dataset in datasets.items():
+        first: dict[str, Any] = next(iter(dataset), {})
+        if REF_SETTINGS not in first:
+            continue
+        if not expected:
+            expected["max_length"] = args.max_length
+            if args.max_length is not None:
+                expected["truncation_mode"] = getattr(args, "truncation_mode", "keep_start")
+            options = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
+            expected["tokenizer"] = tokenizer_digest(load_tokenizer(model, processing_class, options))
+        texts = dataset.unique(REF_SETTINGS) if isinstance(dataset, Dataset) else [first[REF_SETTINGS]]
+        for text in texts:
+            found = _settings_of(text, name)
+            references.setdefault(found["reference"], name)
+            differing = [key for key, value in expected.items() if found.get(key) != value]
+            if "tokenizer" in differing:
+                raise ValueError(
+                    f"The reference log-probabilities of `{name}` are those of another tokenizer or chat template than this "
+                    f"training's ({found.get('tokenizer')}, here {expected['tokenizer']}), so that they are sums over other "
+                    "tokens. Store them again with this tokenizer (`trl-ift references`)."
+                )
+            if differing:
+                were = ", ".join(f"`{key}={found.get(key)!r}` (here {expected[key]!r})" for key in differing)
+                raise ValueError(
+                    f"The reference log-probabilities of `{name}` were stored with {were}, so that they are sums over other "
+                    "tokens where a response is cut. Train with the same, or store them again (`trl-ift references`)."
+                )
+    if len(references) > 1:
+        raise ValueError(
+            f"The stored log-probabilities are those of {len(references)} different references ({', '.join(references)}; in "
+            f"{', '.join(dict.fromkeys(references.values()))}). Store all of them with one (`trl-ift references`)."
+        )
+
+
+def _settings_of(text: Any, name: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except (TypeError, ValueError):
+        found = None
+    if not isinstance(found, dict) or not isinstance(found.get("reference"), str):
+        raise ValueError(
+            f"`{name}`: the column '{REF_SETTINGS}' holds {text!r:.60}, which `store_references` did not write. Drop the "
+            "column to vouch for the log-probabilities yourself, or store them again."
+        )
+    return found
 
 
 def under_fsdp(args: Any) -> bool:

@@ -72,6 +72,7 @@ __all__ = [
     "keep_4bit_trainable_on_cpu",
     "kto_construction",
     "pad",
+    "preparation_options",
     "prepare_sft_rows",
     "print_env",
     "resolve_accelerate_config_argument",
@@ -508,6 +509,16 @@ def dpo_construction(
 
 # The same while a `KTOTrainer` is built
 kto_construction = functools.partial(dpo_construction, trainer_module=kto_trainer)
+
+
+def preparation_options(args: Any) -> types.SimpleNamespace:
+    """What TRL's preference and KTO trainers read of a config when they prepare data.
+
+    `datasets` hashes the object that they are given: with the whole config, a run with another seed or `output_dir` would find
+    no tokens and no reference log-probs in the cache.
+    """
+    names = ("dataset_num_proc", "max_length", "truncation_mode")
+    return types.SimpleNamespace(**{name: getattr(args, name) for name in names if hasattr(args, name)})
 
 
 @contextmanager

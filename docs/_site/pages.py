@@ -60,7 +60,10 @@ GUIDES = {
     "Training": {
         "check.md": "Check a training",
         "resuming.md": "Resuming",
+        "references.md": "Stored references",
         "shared_prompt.md": "Shared prompts",
+        "scaling.md": "More than one GPU",
+        "merging.md": "Merging adapters",
         "metrics.md": "Metrics",
     },
     "Comparing": {"study.md": "The study", "benchmarks.md": "Benchmarks", "benchmarks_study.md": "A study of SmolLM2"},

@@ -23,6 +23,7 @@ _NAMES = {
     "score_dataset": "scoring",
     "score_references": "references",
     "select_top": "lobass",
+    "store_references": "stored_references",
     "selection_scores": "lobass",
     "top_rows": "lobass",
     "tree_to_pairs": "trees",

@@ -215,6 +215,8 @@ class ListTrainer(PreferenceTrainer):
         names = list(next(iter(dataset)))
         arguments = {"size": self.group_size, "preferences": self.preferences_only}
         options = {"batched": True, "remove_columns": names, "fn_kwargs": arguments}
+        if not isinstance(dataset, Dataset):
+            options["batch_size"] = 1  # to look at the first row must not prepare a thousand
         return dataset.map(versioned(as_groups), **options)
 
     def _check_dataset(self, args: Any, dataset: Any, name: str, stored: bool) -> None:

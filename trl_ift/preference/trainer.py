@@ -50,6 +50,7 @@ from ..checks import (
     check_range,
     check_unused,
     is_blank,
+    named_datasets,
     probe_of,
     report_dropped,
 )
@@ -57,7 +58,7 @@ from ..data.caching import versioned
 from ..data.inference import load_tokenizer
 from ..data.rows import check_implicit_prompts
 from ..extension import ExtensionConfig
-from ..reference import ReferenceTrainer
+from ..reference import ReferenceTrainer, check_ref_settings
 from ..trl_internals import (
     TRL_PAIR_LOSSES,
     FusedCausalLMOutput,
@@ -67,6 +68,7 @@ from ..trl_internals import (
     dpo_construction,
     global_then_local_main_first,
     keep_4bit_trainable_on_cpu,
+    preparation_options,
     tokenize,
 )
 from .collator import BRANCH_KEYS, WEIGHT, Branch, Column, PreferenceCollator, TokenColumn
@@ -403,6 +405,8 @@ class PreferenceTrainer(ReferenceTrainer, DPOTrainer):
         if ref_model is not None and not self.uses_reference:
             raise ValueError(f"`ref_model` has no effect: {name} does not compare with a reference model. Drop it.")
         stored = self._check_datasets(args, train_dataset, eval_dataset)
+        if stored:
+            check_ref_settings(args, named_datasets(train_dataset, eval_dataset), model, processing_class)
         self._check_first_tokens(args, model, processing_class, train_dataset, eval_dataset)
         if isinstance(model, torch.nn.Module):
             check_instance(model, peft_config)
@@ -556,7 +560,8 @@ class PreferenceTrainer(ReferenceTrainer, DPOTrainer):
         """Return the tokenized dataset, and the same without the rows that cannot be trained."""
         prepared = dataset
         if "prompt_ids" not in next(iter(dataset)):
-            prepared = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+            options = preparation_options(args)
+            prepared = super()._prepare_dataset(dataset, processing_class, options, dataset_name)
         implicit_prompt = "prompt" not in next(iter(dataset))
         with global_then_local_main_first():
             for branch in self.branches:

@@ -12,7 +12,15 @@ from typing import Any
 
 from trl_ift.redaction import redacted
 from trl_ift.registry import METHODS, Method, get_method
-from trl_ift.scripts.train import INPUT_ERRORS, parse_options, prepare, read_config, report_error, usage_error
+from trl_ift.scripts.train import (
+    INPUT_ERRORS,
+    given_options,
+    parse_options,
+    prepare,
+    read_config,
+    report_error,
+    usage_error,
+)
 from trl_ift.stages import is_main_process
 
 
@@ -58,19 +66,6 @@ def split_method(argv: list[str]) -> tuple[Method, list[str]]:
 
 
 # ---------------------------------------------------------------- settings without an effect
-
-
-def given_options(parser: Any, argv: list[str]) -> dict[str, str]:
-    """The options that a user gave, by name, and where: on the command line or in the YAML file of `--config`."""
-    found = {}
-    if "--config" in argv:
-        file = argv[argv.index("--config") + 1]
-        found = dict.fromkeys(read_config(file), file)
-    actions = parser._option_string_actions
-    for token in argv:
-        if (option := token.partition("=")[0]) in actions:
-            found[actions[option].dest] = "the command line"
-    return found
 
 
 @dataclass(frozen=True)
@@ -386,6 +381,14 @@ def _memory_lines(memory: Mapping[str, Any]) -> list[str]:
     lines.append(f"  {'in all':<12} {_size(memory['total']):>10}{available}")
     if memory["available"] and memory["total"] > memory["available"]:
         lines.append("  That does not fit.")
+    if memory["without_checkpointing"] is not None:
+        total, fits = memory["without_checkpointing"]["total"], memory["without_checkpointing"]["fits"]
+        lines.append(f"  without gradient checkpointing {_size(total)}, and about a quarter less time.")
+        if fits is not None:
+            known = "fits, with a margin" if fits else "may not fit"
+            lines.append(
+                f"  That {known}: a training command keeps it {'off' if fits else 'on'} unless the option is set."
+            )
     if memory["would_save"]:
         lines.append("  lower with:")
         lines += [f"    {_size(saved):>10}  {change}" for change, saved in memory["would_save"]]

@@ -57,8 +57,8 @@ def load_splits(script_args: Any, dataset_args: Any, training_args: Any) -> tupl
 def load_named(name: str, config: str | None = None, streaming: bool = False) -> Any:
     """Load all splits of a data file, of a folder (data files, or `Dataset.save_to_disk`), or of a dataset on the Hub.
 
-    A data file may have an address that fsspec reads (`https://`, `hf://`, `s3://`, ...), and be a pattern of files (`*.jsonl`).
-    Files and a single saved `Dataset` are the split "train".
+    A data file may have an address that fsspec reads (`https://`, `hf://`, `s3://`, ...), or be a pattern of files
+    (`*.jsonl`). Files and a single saved `Dataset` are the split "train".
     """
     from datasets import Dataset, DatasetDict, IterableDatasetDict, load_dataset, load_from_disk
 
@@ -125,9 +125,12 @@ def _read(source: str, load: Any, /, *args: Any, **kwargs: Any) -> Any:
         raise ValueError(f"The dataset {source} has no rows.") from None
     except Exception as error:
         if isinstance(error, OSError | ImportError) and not isinstance(error, gzip.BadGzipFile):
-            raise  # it is not there, or a package is missing
+            if (message := redacted(str(error))) == str(error):
+                raise  # it is not there, or a package is missing
+            raise type(error)(message) from None
         reason = error.__cause__ or error
-        raise ValueError(f"The dataset {source} cannot be read: {type(reason).__name__}: {reason}") from error
+        message = redacted(f"The dataset {source} cannot be read: {type(reason).__name__}: {reason}")
+        raise ValueError(message) from error
     splits = loaded.values() if isinstance(loaded, DatasetDict) else [loaded]
     for data in splits:
         if isinstance(data, Dataset):

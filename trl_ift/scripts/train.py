@@ -175,6 +175,8 @@ def run(argv: list[str]) -> int:
 
     Input errors are printed as one message; errors during training keep their traceback.
     """
+    from trl_ift.memory import CHECKPOINTING_OPTIONS, choose_checkpointing
+
     if not argv or argv[0].startswith("-"):
         usage_error("train.py", "the method comes first: train.py METHOD [options]")
     prog = f"trl-ift {argv[0]}"
@@ -185,6 +187,8 @@ def run(argv: list[str]) -> int:
             script_args, training_args, model_args, dataset_args = parse(method, argv[1:], prog)
             output_dir = training_args.output_dir
             trainer = prepare(method, script_args, training_args, model_args, dataset_args)
+            if not {*CHECKPOINTING_OPTIONS} & {*given_options(make_parser(method, prog), argv[1:])}:
+                trainer.accelerator.print(choose_checkpointing(trainer))
         except INPUT_ERRORS as error:
             return report_error(prog, error)
         train(trainer, script_args.dataset_name)
@@ -233,6 +237,19 @@ def parse_options(parser: Any, argv: list[str], prog: str, launched: bool = True
         reason = "as asked for" if wants_cpu or torch.accelerator.is_available() else "no accelerator found"
         print(f"Training on the CPU in {precision} ({reason}; `--use_cpu`, `--bf16` change it).")
     return tuple(parsed)
+
+
+def given_options(parser: Any, argv: list[str]) -> dict[str, str]:
+    """The options that a user gave, by name, and where: on the command line or in the YAML file of `--config`."""
+    found = {}
+    if "--config" in argv:
+        file = argv[argv.index("--config") + 1]
+        found = dict.fromkeys(read_config(file), file)
+    actions = parser._option_string_actions
+    for token in argv:
+        if (option := token.partition("=")[0]) in actions:
+            found[actions[option].dest] = "the command line"
+    return found
 
 
 def _resume_value(value: str | bool | None) -> str | bool | None:

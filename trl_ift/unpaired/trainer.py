@@ -42,6 +42,7 @@ from ..checks import (
     check_range,
     check_unused,
     is_blank,
+    named_datasets,
     probe_of,
     report_dropped,
     responses_differ,
@@ -49,8 +50,14 @@ from ..checks import (
 from ..data.caching import versioned
 from ..extension import ExtensionConfig
 from ..preference.collator import Column
-from ..reference import ReferenceTrainer
-from ..trl_internals import FusedTap, global_then_local_main_first, keep_4bit_trainable_on_cpu, kto_construction
+from ..reference import ReferenceTrainer, check_ref_settings
+from ..trl_internals import (
+    FusedTap,
+    global_then_local_main_first,
+    keep_4bit_trainable_on_cpu,
+    kto_construction,
+    preparation_options,
+)
 from .data import COLUMNS, REF_LOGPS, UnpairedCollator, check_unpaired_dataset, complete_feedback, is_paired
 
 
@@ -196,6 +203,8 @@ class UnpairedTrainer(ReferenceTrainer, KTOTrainer, ABC):
         self._check_source(args, model, processing_class, quantization_config)
         check_peft(peft_config, model, type(self).__name__, prompt_learning=True)
         stored = self._check_datasets(args, train_dataset, eval_dataset)
+        if stored:
+            check_ref_settings(args, named_datasets(train_dataset, eval_dataset), model, processing_class)
         if isinstance(model, torch.nn.Module):
             check_instance(model, peft_config)
             keep_4bit_trainable_on_cpu(model)
@@ -311,7 +320,7 @@ class UnpairedTrainer(ReferenceTrainer, KTOTrainer, ABC):
         if "prompt_ids" not in row:
             # For a dataset called "train" TRL gives advice on KTO's class weights
             name = {"train": "training"}.get(dataset_name, dataset_name)
-            prepared = super()._prepare_dataset(dataset, processing_class, args, name)
+            prepared = super()._prepare_dataset(dataset, processing_class, preparation_options(args), name)
         with global_then_local_main_first():
             prepared = prepared.map(versioned(complete_feedback), fn_kwargs=self._feedback)
             return prepared, prepared.filter(versioned(_trainable, is_blank), fn_kwargs=self._drop_options(args))
