@@ -3,7 +3,10 @@
 import copy
 import json
 import math
+import re
+from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import pytest
@@ -15,10 +18,10 @@ from datasets import Dataset
 from peft import LoraConfig
 from torch.profiler import ProfilerActivity, profile
 
-from trl_ift import METHODS, DPOPConfig, DPOPTrainer, IFTTrainer, MinorDPOTrainer, get_method
+from trl_ift import METHODS, DPOPConfig, DPOPTrainer, IFTTrainer, MinorDPOTrainer, get_method, inspection
 from trl_ift.cli import main
 from trl_ift.inspection import inspect_training
-from trl_ift.memory import optimizer_bytes
+from trl_ift.memory import Batch, largest_batch, optimizer_bytes
 from trl_ift.scripts import check
 from trl_ift.scripts.train import parse_options
 from trl_ift.sequences import sequences_of
@@ -167,7 +170,8 @@ def test_rows_and_truncation(tokenizer):
     assert found.data["tokens"] == 4 * (limit + kept)
     assert found.data["trained_tokens"] == 4 * (limit + kept - 2 * prompt)
     assert found.data["padding"] == pytest.approx(1 - (limit + kept) / (2 * limit))
-    assert found.data["largest_batch"] == {"rows": 8, "length": limit, "labelled": 4 * (limit + kept - 2 * prompt)}
+    labelled = 4 * (limit + kept - 2 * prompt)
+    assert found.data["largest_batch"] == {"rows": 8, "length": limit, "labelled": labelled, "mask": 0}
     assert found.data["duplicates"] == 3
     assert found.data["lengths"]["max"] == limit
 
@@ -215,6 +219,27 @@ def test_stream(tokenizer):
         None,
     )
     assert found.loss["measured"] == pytest.approx(LN2)
+
+
+def test_tokens_of_a_stream(tokenizer, monkeypatch):
+    """Those of the same rows as a `Dataset`, though a part of them is looked at."""
+    monkeypatch.setattr(inspection, "STREAM_ROWS", 8)
+    data = Dataset.from_list(tiny.preference_data().to_list() * 3)
+    options = {"max_steps": 6, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}
+    whole = inspect(get_method("dpop"), tokenizer, data=data, **options, dataloader_drop_last=True)
+    found = inspect(get_method("dpop"), tokenizer, data=data.to_iterable_dataset(), **options)
+    assert (found.data["looked_at"], found.data["batches"], found.data["responses"]) == (8, 4, 16)
+    assert found.plan["tokens"] == whole.plan["tokens"] == whole.data["tokens"]
+
+
+@pytest.mark.parametrize(("strategy", "cuts"), [("bfd", True), ("bfd_split", False), ("wrapped", False)])
+def test_packing_that_cuts(strategy, cuts, tokenizer):
+    options = {"packing": True, "packing_strategy": strategy, "max_length": 12, "padding_free": False}
+    plain = inspect(get_method("ift"), tokenizer, max_length=None)
+    found = inspect(get_method("ift"), tokenizer, **options)
+    assert (found.data["truncated"] > 0) == cuts
+    assert any(row[0]["cut"] for row in found.rows) == cuts
+    assert (found.data["tokens"] < plain.data["tokens"]) == cuts
 
 
 def test_sequences_of_tokens_with_weights(tokenizer):
@@ -290,6 +315,18 @@ def test_half_precision(tokenizer):
     assert found.loss["known"] == pytest.approx(LN2)
 
 
+def test_out_of_memory(tokenizer, monkeypatch):
+    def fail(*_):
+        raise torch.OutOfMemoryError("Tried to allocate 9 GiB")
+
+    monkeypatch.setattr(inspection, "_first_loss", fail)
+    found = inspect(get_method("dpop"), tokenizer)
+    assert found.errors == ["Out of memory at the first micro-batch: Tried to allocate 9 GiB"]
+    assert found.loss["measured"] is None
+    assert "First loss\n  not measured: the first micro-batch does not fit" in check.rendered(found.to_dict())
+    assert found.memory["total"] > 0
+
+
 def test_too_few_positions(tokenizer):
     model = tiny.model("llama", tokenizer, max_position_embeddings=16)
     (error,) = inspect(get_method("dpop"), tokenizer, model=model).errors
@@ -338,6 +375,39 @@ def test_what_lowers_the_memory(tokenizer):
     assert sorted(changes.values(), reverse=True) == [saved for _, saved in found.memory["would_save"]]
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_memory_of_the_mask(attention, tokenizer):
+    """Of pairs that share their prompts: the places of that which the model gets, and what its layers keep."""
+    row, masks = tiny.preference_data()[5], []
+    data = Dataset.from_list([row] * 4)
+    model = tiny.model("llama", tokenizer, attn_implementation=attention)
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: masks.append(kwargs["attention_mask"]), with_kwargs=True
+    )
+    options = {"data": data, "rows": 0, "model": model, "shared_prompt": True}
+    kept, again = (
+        inspect(get_method("minor-dpo"), tokenizer, **options, gradient_checkpointing=v) for v in (False, True)
+    )
+    places = kept.data["largest_batch"]["mask"]
+    assert places == max(mask.numel() for mask in masks if mask.dim() == 4)
+    plain = inspect(get_method("minor-dpo"), tokenizer, data=data, rows=0, model=model, gradient_checkpointing=False)
+    added = kept.memory["parts"]["activations"] - plain.memory["parts"]["activations"]
+    assert added == places * (1 + 4 * 2 if attention == "sdpa" else 4)
+    plain = inspect(get_method("minor-dpo"), tokenizer, data=data, rows=0, model=model, gradient_checkpointing=True)
+    added = again.memory["parts"]["activations"] - plain.memory["parts"]["activations"]
+    assert added == places * (1 + 4 if attention == "sdpa" else 4)
+
+
+@pytest.mark.parametrize(("attention", "places"), [("sdpa", 2 * 14**2), ("flex_attention", 0)])
+def test_mask_of_the_largest_batch(attention, places, tokenizer):
+    model = tiny.model("llama", tokenizer)
+    model.config._attn_implementation = attention
+    row = {"prompt_ids": [1] * 4, "chosen_ids": [2] * 3, "rejected_ids": [3]}
+    args = SimpleNamespace(per_device_train_batch_size=2, max_length=None, shared_prompt=True)
+    trainer = SimpleNamespace(args=args, train_dataset=Dataset.from_list([row] * 5), model=model)
+    assert largest_batch(trainer) == Batch(4, 7, 28, places)
+
+
 def test_optimizers():
     sizes = {"adamw_torch_fused": 800, "adamw_8bit": 200, "sgd": 0, "adafactor": 0, "lion_32bit": 400, "rmsprop": 400}
     for name, expected in sizes.items():
@@ -352,6 +422,16 @@ def test_plan(tokenizer):
     assert (plan["checkpoints"], plan["tokens"]) == (4, round(3.5 * found.data["tokens"]))
     assert plan["checkpoint_bytes"] == parts["weights"] + parts["optimizer"]
     assert inspect(get_method("dpop"), tokenizer, save_total_limit=1, **options).plan["checkpoints"] == 1
+    constant = inspect(get_method("dpop"), tokenizer, lr_scheduler_type="constant", **options)
+    assert constant.plan["warmup_steps"] == 0
+
+
+def test_the_best_checkpoint_stays_beside_the_last():
+    args = SimpleNamespace(save_strategy="steps", save_steps=2, save_total_limit=1, metric_for_best_model=None)
+    assert inspection._checkpoints(args, 7, 2) == 1
+    args.metric_for_best_model = "loss"  # which `load_best_model_at_end` sets
+    assert inspection._checkpoints(args, 7, 2) == 2
+    assert inspection._checkpoints(args, 1, 2) == 1
 
 
 # ---------------------------------------------------------------- settings without an effect
@@ -368,11 +448,25 @@ def unused(method, *argv):
     ("method", "argv", "name"),
     [
         ("dpop", "--eval_steps 10", "eval_steps"),
-        ("dpop", "--test_split_size 0.1", "test_split_size"),
+        (
+            "dpop",
+            "--save_strategy best --metric_for_best_model loss --eval_strategy steps --save_steps 5",
+            "save_steps",
+        ),
+        ("dpop", "--logging_strategy epoch --logging_steps 5", "logging_steps"),
+        ("dpop", "--logging_strategy epoch --logging_steps 5 --eval_strategy steps --eval_steps 9", "logging_steps"),
+        ("dpop", "--lr_scheduler_type constant --warmup_steps 5", "warmup_steps"),
+        ("dpop", "--lr_scheduler_type greedy --eval_strategy epoch --warmup_steps 0.1", "warmup_steps"),
+        ("dpop", "--optim lion_8bit --adam_epsilon 1e-6", "adam_epsilon"),
+        (
+            "dpop",
+            '--activation_checkpointing false --activation_checkpointing_kwargs {"a":1}',
+            "activation_checkpointing_kwargs",
+        ),
         ("dpop", "--eval_strategy epoch --eval_steps 10", "eval_steps"),
         ("dpop", "--save_strategy no --save_total_limit 2", "save_total_limit"),
         ("dpop", "--save_strategy epoch --save_steps 10", "save_steps"),
-        ("dpop", "--hub_model_id me/model", "hub_model_id"),
+        ("dpop", "--hub_strategy end", "hub_strategy"),
         ("dpop", "--lora_r 16", "lora_r"),
         ("dpop", "--bnb_4bit_quant_type nf4", "bnb_4bit_quant_type"),
         ("dpop", "--max_steps 9 --num_train_epochs 2", "num_train_epochs"),
@@ -395,6 +489,56 @@ def test_settings_with_an_effect_or_by_default():
     assert unused("dpop", "--use_peft", "--lora_r", "4", "--eval_strategy", "steps", "--eval_steps", "3") == []
     assert unused("dpop", "--push_to_hub", "false", "--hub_always_push", "false", "--max_steps", "4") == []
     assert unused("mpo", "--precompute_ref_batch_size", "4", "--logit_mode", "reference") == []
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        "--test_split_size 0.1",  # takes rows out of the training
+        "--hub_model_id me/model",  # the name in the model card
+        "--logging_strategy epoch --logging_steps 5 --eval_strategy steps",  # the steps of the evaluation
+        "--lr_scheduler_type constant_with_warmup --warmup_steps 5",
+        "--lr_scheduler_type constant --warmup_steps 0",
+        "--optim lion_8bit --adam_beta1 0.8",
+        "--train_sampling_strategy batch_rebalance --length_column_name n",
+        '--activation_checkpointing true --activation_checkpointing_kwargs {"use_reentrant":true}',
+    ],
+)
+def test_settings_that_are_right(argv):
+    assert unused("dpop", "--output_dir", "out", *argv.split()) == []
+
+
+def test_evaluation_before_the_first_step():
+    (message,) = unused("dpop", "--output_dir", "out", "--eval_on_start", "true")
+    assert "there is no evaluation dataset, so that training stops there: set `eval_strategy`" in message
+    assert unused("dpop", "--output_dir", "out", "--eval_on_start", "true", "--eval_strategy", "epoch") == []
+
+
+def misplaced(method, argv, steps_known=True, **plan):
+    parser = check.make_parser(get_method(method))
+    argv = ["--output_dir", "out", *argv.split()]
+    *configs, _ = parse_options(parser, argv, "x")
+    values = {name: value for config in configs for name, value in vars(config).items()}
+    found = SimpleNamespace(plan={"steps": 3, "warmup_steps": 0, "positions": 512} | plan)
+    return check._misplaced(check.Settings(values, check.given_options(parser, argv)), found, steps_known)
+
+
+def test_settings_and_the_size_of_the_run():
+    (message,) = misplaced("dpop", "--warmup_steps 3", warmup_steps=3)
+    assert message.startswith("`warmup_steps: 3` takes all of the 3 steps")
+    assert misplaced("dpop", "--warmup_steps 3", warmup_steps=3, steps_known=False) == []
+    assert misplaced("dpop", "--warmup_steps 0.1", warmup_steps=1, steps=1) == []  # rounded up
+    # The last step is saved and evaluated whatever they are
+    assert misplaced("dpop", "--save_steps 99 --eval_strategy steps --eval_steps 99") == []
+
+
+def test_settings_and_positions():
+    (message,) = misplaced("ift", "--max_length 600")
+    assert message.startswith("`max_length: 600` is more than the 512 positions")
+    assert misplaced("ift", "--max_length 600 --packing true") == []
+    assert misplaced("ift", "--max_length 600 --packing true --packing_strategy bfd_split") == []
+    (message,) = misplaced("ift", "--max_length 600 --packing true --packing_strategy wrapped")
+    assert message.startswith("`max_length: 600` is more than the 512 positions")
 
 
 def test_settings_of_a_file_and_secrets():
@@ -465,6 +609,14 @@ def test_bad_input(run_file, capsys):
         assert expected in capsys.readouterr().err
 
 
+def test_settings_are_named_beside_the_error_of_the_trainer(run_file, capsys):
+    Path("pairs.jsonl").write_text('{"prompt": "a", "chosen": "b"}\n')
+    assert check.run(["dpop", "--config", run_file, "--eval_steps", "10"]) == 1
+    shown = capsys.readouterr().err
+    assert "rejected" in shown
+    assert "error: `eval_steps: 10` (the command line) has no effect" in shown
+
+
 def test_broken_files(capsys):
     Path("list.yaml").write_text("[1]")
     Path("bare.yaml").write_text("seed: 1")
@@ -486,6 +638,9 @@ def test_earlier_results_are_an_error_here_too(run_file, capsys):
 def test_self_play(name, run_file, model_dir, capsys):
     tiny.prompt_completion_data().to_json("sft.jsonl")
     options = ["--model_name_or_path", model_dir, "--dataset_name", "sft.jsonl", "--output_dir", "out"]
+    # Right for the whole of the data
+    options += ["--eval_strategy", "steps", "--eval_steps", "50", "--save_steps", "50", "--warmup_steps", "20"]
+    options += ["--eval_on_start", "true", "--test_split_size", "0.25"]
     assert (
         check.run([name, *options, "--max_new_tokens", "6", "--per_device_train_batch_size", "2", "--json", "f.json"])
         == 0
@@ -494,6 +649,7 @@ def test_self_play(name, run_file, model_dir, capsys):
     assert found["loss"]["measured"] == pytest.approx(LN2)
     assert found["rows"][0][0]["name"] == "chosen"
     assert "answers of the model to the first prompts alone" in found["data"]["note"]
+    assert found["errors"] == []
     assert not Path("out").exists()
 
 
@@ -520,6 +676,13 @@ def test_named_references_score_a_few_rows_only(tokenizer):
     found = inspect(method, tokenizer, data=data, ref_models=["other"], model=None)
     assert found.data["looked_at"] == 4
     assert "score each row before training" in found.data["note"]
+    evaluated = config_of(method, ref_models=["other"], eval_strategy="epoch", eval_on_start=True)
+    arguments = arguments_of(method, tokenizer, data=data, ref_models=["other"]) | {
+        "args": evaluated,
+        "eval_dataset": data,
+    }
+    assert inspect_training(method.trainer_class, **arguments).errors == []
+    assert evaluated.eval_strategy == "epoch"
     assert found.plan["steps"] == 18
     assert found.data["dropped"]["number"] == 0
 
@@ -527,3 +690,17 @@ def test_named_references_score_a_few_rows_only(tokenizer):
 def test_config_class_is_checked(tokenizer):
     with pytest.raises(TypeError, match="needs a `IFTConfig`"):
         inspect_training(IFTTrainer, model="x", args=DPOPConfig("x", use_cpu=True, bf16=False), train_dataset=None)
+
+
+def test_names_that_other_tools_still_have():
+    """Rows of docs/moving.md for options that transformers does not have any more, or never had."""
+    text = (Path(__file__).parent.parent / "docs" / "moving.md").read_text()
+    _, factory, axolotl = re.split("^## From (?=LLaMA|axolotl)", text, flags=re.MULTILINE)
+    own = {field.name for field in fields(DPOPConfig)}
+    for names, section in (
+        (("warmup_ratio", "group_by_length", "disable_gradient_checkpointing"), factory),
+        (("warmup_ratio", "group_by_length", "saves_per_epoch", "evals_per_epoch"), axolotl),
+    ):
+        assert own.isdisjoint(names)
+        named = re.findall(r"^\| (.*?) \|", section, flags=re.MULTILINE)
+        assert set(names) <= set(re.findall(r"`(\w+)", " ".join(named)))

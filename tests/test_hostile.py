@@ -768,3 +768,39 @@ def test_studies_name_the_row(column, odd, inputs, tmp_path):
     else:
         assert outcome(check, "row") is None
     assert not (tmp_path / "study").exists()
+
+
+# ---------------------------------------------------------------- no false refusals
+
+
+def test_parts_with_the_fields_of_others():
+    """Arrow gives all parts of a message the same fields."""
+    parts = [{"type": "thinking", "thinking": "a", "text": None}, {"type": "text", "thinking": None, "text": "b"}]
+    check_text(chat("assistant", parts), "row", "chosen")
+
+
+@pytest.mark.parametrize("kind", ["pairs", "unpaired", "reward"])
+@pytest.mark.parametrize("unused", [[{"from": "human", "value": "a"}], ["a", "b"]])
+def test_columns_that_are_not_trained_are_not_checked(kind, unused, trainers):
+    row = row_of(kind, "Hi?", " Fine.", " Bad.") | {"messages": unused}
+    assert len(prepared(kind, trainers[kind], Dataset.from_list([row]))) == 1
+
+
+@pytest.mark.parametrize("unused", [[{"from": "human", "value": "a"}], ["a", "b"]])
+def test_messages_beside_a_text_are_not_checked(unused, trainers):
+    data = Dataset.from_list([{"text": "Hi? Fine.", "messages": unused}])
+    assert len(prepared("sft", trainers["sft"], data)) == 1
+
+
+@pytest.mark.parametrize(("place", "lost"), [("loop.first", False), ("loop.last", False), ("false", True)])
+def test_roles_of_one_place(place, lost, tokenizer, monkeypatch):
+    template = (
+        "{% for m in messages %}{% if m.role == 'user' or " + place + " %}{{ m.content }}{% endif %}{% endfor %}"
+    )
+    monkeypatch.setattr(tokenizer, "chat_template", template)
+    for role in ("developer", "tool", "system"):
+        assert rows_module._leaves_out(tokenizer, role) == lost
+
+
+def test_minus_zero():
+    assert [extract_answer(text) for text in ("-0", "-0.0", "-3")] == ["0", "0", "-3"]

@@ -39,7 +39,7 @@ from trl_ift.study.run import _record_failure, cell_folder, write_results
 ROOT = Path(__file__).parent.parent
 SOURCES = sorted(path for folder in ("trl_ift", "examples", "benchmarks") for path in (ROOT / folder).rglob("*.py"))
 TOKEN = "hf_" + "testTOKEN" * 4
-KEY = "sk-proj-" + "testKEY" * 4
+KEY = "sk-proj-" + "testKEY1" * 4
 PASSWORD = "hunter2hunter2"
 
 
@@ -507,3 +507,24 @@ def test_selections_show_no_secrets(tmp_path):
     settings = {"dataset": f"{ADDRESS}/rows.jsonl", "token": TOKEN}
     write_selection(tmp_path / "out", tiny.text_data(), scores, selection="length", k=2, settings=settings)
     assert leaks(tmp_path / "out") == []
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "acme/hf_llama_chat_finetune_v1", "hf_raise_for_status_of_all", "sk-learn-embeddings-v2", "abfs://train@acct.host/x",
+        "ssh://git@host/repository", "https://host/x?max_tokens=3", "http://localhost:1/v1/me@x",
+    ],
+)  # fmt: skip
+def test_ordinary_names_stay(name):
+    assert redacted(name) == name
+
+
+@pytest.mark.parametrize("name", ["X-API-Key", "wandb_token", "refresh_token", "secret_access_key", "private_key"])
+def test_names_of_secrets(name):
+    assert redacted({name: "x"}) == {name: "***"}
+    assert redacted({"pad_token": "x", "image_token": "x"}) == {"pad_token": "x", "image_token": "x"}
+
+
+def test_secrets_of_addresses():
+    assert redacted("https://user:pa@ss@host/x?token=abc&a=1") == "https://***@host/x?token=***&a=1"

@@ -172,6 +172,16 @@ def model_of(family, tokenizer, **overrides):
     return model
 
 
+def attentive(tokenizer):
+    """A model that attends to few tokens, so that it matters which it sees, and where."""
+    model = tiny.model("llama", tokenizer)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.q_proj.weight *= 4
+            layer.self_attn.o_proj.weight *= 4
+    return model
+
+
 class TestModels:
     @pytest.mark.parametrize(
         ("family", "attention"),
@@ -208,11 +218,12 @@ class TestModels:
         # A pair in both layouts, once, and then two rows of 39 + 11 + 11 tokens in the place of four of 50
         assert seen == [2 * 50, 24 + 26 + 25, 2 * 61, 2 * 61]
 
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     @pytest.mark.parametrize("fault", ["mask", "positions"])
-    def test_a_model_that_ignores_what_it_is_told(self, fault, tokenizer, monkeypatch):
+    def test_a_model_that_ignores_what_it_is_told(self, fault, dtype, tokenizer, monkeypatch):
         """Found at the first batch, whatever the config says."""
-        model = tiny.model("llama", tokenizer)
-        add_fused_lm_head(model)
+        model = attentive(tokenizer).to(dtype)
+        add_fused_lm_head(model, outputs=("log_probs", "entropy"))
         original = modeling_llama.LlamaModel.forward
 
         def forward(self, input_ids, attention_mask=None, position_ids=None, **kwargs):
@@ -223,9 +234,11 @@ class TestModels:
 
         monkeypatch.setattr(modeling_llama.LlamaModel, "forward", forward)
         rows, pair = random_rows(tokenizer)
-        with pytest.raises(
-            ValueError, match=r"LlamaForCausalLM gives for a pair with one prompt differ by .* at most 0.001"
-        ):
+        limit = "0.001" if dtype == torch.float32 else r"0\.\d+"
+        match = (
+            rf"LlamaForCausalLM gives for a pair with one prompt differ by .* expected at most {limit}\. Its layers"
+        )
+        with pytest.raises(ValueError, match=match):
             outputs(model, rows, pair)
 
     def test_batches_that_cannot_be_laid_out(self, tokenizer):
@@ -246,6 +259,29 @@ class TestModels:
         expected, _ = outputs(model, rows)
         found, _ = outputs(model, rows, pair)
         assert (found.log_probs - expected.log_probs).abs().mean() < 0.02
+
+    def test_half_precision_of_improbable_tokens(self, tokenizer, monkeypatch):
+        """Rounding moves their log-probabilities by more than 0.05 nats a token, in any layout."""
+        size = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4}
+        model = tiny.model("llama", tokenizer, **size).bfloat16()
+        with torch.no_grad():
+            model.lm_head.weight *= 64
+        add_fused_lm_head(model, outputs=("log_probs", "entropy"))
+        rows, pair = random_rows(tokenizer, longest=150)
+        seen, measure = [], shared_prompt._difference
+        monkeypatch.setattr(shared_prompt, "_difference", lambda *both: seen.append(measure(*both)) or seen[-1])
+        state = torch.get_rng_state()
+        with torch.no_grad():
+            SharedPrompts(rough=False).run(
+                model,
+                pair,
+                **dict(zip(("input_ids", "attention_mask", "labels"), rows, strict=True)),
+                fused_lm_head=True,
+            )
+        assert torch.equal(torch.get_rng_state(), state)
+        rounding, difference = seen
+        assert difference > 0.05
+        assert difference < 3 * rounding
 
 
 # ---------------------------------------------------------------- trainers

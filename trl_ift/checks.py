@@ -216,6 +216,8 @@ def check_sft_dataset(dataset: Any, name: str, text_field: str = "text", formatt
         if answer == "completion"
         else [name for name in (text_field, "messages") if name in row]
     )
+    if column == text_field and not _is_messages(row.get("messages")):  # TRL drops the column 'messages'
+        texts = [name for name in texts if name != "messages"]
     check_texts(dataset, name, texts, nullable=len(texts) > 1 and answer != "completion")
     if answer in texts and hasattr(dataset, "num_rows") and all(map(is_blank, dataset.with_format(None)[answer])):
         raise ValueError(

@@ -21,9 +21,11 @@ import torch
 from accelerate.utils import is_peft_model
 from huggingface_hub import EvalResult, HfApi, ModelCard
 from torch.utils.data import IterableDataset
+from transformers import TrainerControl
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import HubStrategy, SaveStrategy
 from transformers.utils import PushInProgress, logging
+from trl import is_conversational
 
 from .checks import WEIGHT_FILES, check_model_source, check_output_dir, check_quantization, resolve_checkpoint
 from .data.rows import check_written, naming_the_row
@@ -40,8 +42,6 @@ else:
 
 
 _STATE_FILE = "trl_ift_state.json"
-# Columns of texts or messages that TRL tokenizes
-_TEXTS = ("prompt", "completion", "chosen", "rejected", "messages")
 # What a push at a checkpoint takes from it: the model, not the state of the optimizer
 _MODEL_FILES = (
     "*.safetensors",
@@ -100,8 +100,11 @@ class ExtensionTrainer(_Trainer):
 
     config_class: type
     method: str
+    control: TrainerControl
     card_options: tuple[str, ...] = ()
     pipeline_tag = "text-generation"
+    # Columns of texts or messages that TRL tokenizes: the first of these that a row has
+    _trained_texts: ClassVar[tuple[tuple[str, ...], ...]] = (("chosen", "rejected"), ("completion",))
 
     @classmethod
     def _own_config(cls, args: Any, model: Any) -> Any:
@@ -139,7 +142,10 @@ class ExtensionTrainer(_Trainer):
     def _naming_rows(self, dataset: Any, name: str, processing_class: Any) -> Iterator[None]:
         """Around the preparation of a dataset: checks what the tokenizer makes of its rows; names one that it cannot read."""
         row: dict[str, Any] = next(iter(dataset), {})
-        columns = [column for column in _TEXTS if row.get(column) is not None]
+        found = [names for names in self._trained_texts if all(row.get(name) is not None for name in names)]
+        columns = ["prompt"] * (row.get("prompt") is not None and found[:1] != [("messages",)]) + list(*found[:1])
+        if columns == ["messages"] and not is_conversational(row):  # TRL drops the column
+            columns = []
         if not columns or {"input_ids", "prompt_ids", "chosen_ids"} & set(row):
             yield
             return

@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from itertools import islice
+from itertools import islice, takewhile
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,8 @@ import torch
 from accelerate import init_empty_weights
 from accelerate.utils import is_peft_model
 from datasets import Dataset
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, set_seed
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, SchedulerType, set_seed
+from transformers.trainer_utils import IntervalStrategy
 from trl import RewardTrainer, SFTTrainer
 
 from .data.inference import load_tokenizer
@@ -31,15 +32,18 @@ from .memory import (
     estimate_memory,
     fits_without_checkpointing,
     free_memory,
+    has_pair_mask,
     savings,
 )
 from .reference import REFERENCE_TOLERANCE, ReferenceTrainer
-from .sequences import rendered, responses_of, sequences_of
+from .sequences import Sequence, rendered, responses_of, sequences_of
 from .trl_internals import FusedCausalLMOutput, forget_fused_head, without_weight_hashes
 
 
 # Rows of a stream that are looked at
 STREAM_ROWS = 1000
+# Schedules that transformers builds without a warm-up
+_WITHOUT_WARMUP = (SchedulerType.CONSTANT, SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)
 _QUANTILES = {"min": 0.0, "median": 0.5, "90 %": 0.9, "99 %": 0.99, "max": 1.0}
 
 
@@ -103,6 +107,8 @@ def inspect_training(trainer_class: Any, *, rows: int = 3, load_model: bool = Tr
         arguments["eval_dataset"] = None
     with tempfile.TemporaryDirectory() as folder, _captured_warnings() as warnings:
         arguments["args"] = _without_traces(wanted, folder)
+        if named_references:
+            arguments["args"] = without_evaluation(arguments["args"])
         if not load_model:
             arguments |= _skeleton(trainer_class, arguments)
         elif isinstance(arguments["model"], torch.nn.Module):
@@ -129,7 +135,12 @@ def inspect_training(trainer_class: Any, *, rows: int = 3, load_model: bool = Tr
             trainer, found.data, largest, reference_copy, quantization, load_model, len(full), given
         )
         if load_model:
-            found.loss = _first_loss(trainer, first, found.errors)
+            try:
+                found.loss = _first_loss(trainer, first, found.errors)
+            except torch.OutOfMemoryError as error:
+                reason = "the first micro-batch does not fit into the memory"
+                found.loss = {"measured": None, "known": None, "reason": reason}
+                found.errors.append(f"Out of memory at the first micro-batch: {error}")
         else:
             found.loss = {"measured": None, "known": None, "reason": "the model was not loaded"}
         _check_positions(found)
@@ -145,6 +156,13 @@ def _without_traces(args: Any, folder: str) -> Any:
     """A copy of a config that writes into a temporary folder only, and pushes nothing."""
     args = copy.copy(args)
     args.output_dir, args.push_to_hub, args.report_to = folder, False, []
+    return args
+
+
+def without_evaluation(args: Any) -> Any:
+    """A copy of a config that evaluates nothing, for a trainer without an evaluation dataset."""
+    args = copy.copy(args)
+    args.eval_strategy, args.eval_on_start = IntervalStrategy.NO, False
     return args
 
 
@@ -241,7 +259,7 @@ def _shown(trainer: Any, full: Any, number: int) -> list[list[dict[str, Any]]]:
     for row in islice(full, number):
         whole = responses_of(row)
         if isinstance(trainer, SFTTrainer):
-            window = _window(trainer.args)
+            window = _window(trainer)
             row = {name: row[name][window] for name in ("input_ids", "labels")}
             if trainer.args.packing or trainer.args.padding_free:
                 row["seq_lengths"] = [len(row["input_ids"])]
@@ -250,11 +268,19 @@ def _shown(trainer: Any, full: Any, number: int) -> list[list[dict[str, Any]]]:
     return shown
 
 
-def _window(args: Any) -> slice:
-    if args.max_length is None:
+def _limit(trainer: Any) -> int | None:
+    """Number of tokens behind which a row is cut. Packing cuts with its strategy `"bfd"` only, the others lose no token."""
+    args = trainer.args
+    packed = getattr(args, "packing", False) and args.packing_strategy != "bfd"
+    return None if packed else getattr(args, "max_length", None)
+
+
+def _window(trainer: Any) -> slice:
+    args, limit = trainer.args, _limit(trainer)
+    if limit is None:
         return slice(None)
-    kept_end = getattr(args, "truncation_mode", "keep_start") == "keep_end"
-    return slice(-args.max_length, None) if kept_end else slice(None, args.max_length)
+    kept_end = getattr(args, "truncation_mode", "keep_start") == "keep_end" and not args.packing
+    return slice(-limit, None) if kept_end else slice(None, limit)
 
 
 # ---------------------------------------------------------------- data
@@ -262,17 +288,19 @@ def _window(args: Any) -> slice:
 
 def _data(trainer: Any, full: Any, given: Any) -> tuple[dict[str, Any], Batch, Any]:
     """Figures of the training data, the largest micro-batch, and the first one. The batches are those of the first epoch."""
-    limit = getattr(trainer.args, "max_length", None)
+    limit = _limit(trainer)
     truncated, seen = 0, set()
     for row in full:
         whole = responses_of(row)
         truncated += limit is not None and any(len(ids) > limit for ids in whole.values())
         seen.add(hash(tuple(next(iter(whole.values())))))
     set_seed(trainer.args.seed)
-    first, largest, lengths, tokens, places, trained = None, Batch(0, 0, 0), [], 0, 0, 0
+    first, largest, lengths, tokens, places, trained, rows, batches = None, Batch(0, 0, 0), [], 0, 0, 0, 0, 0
     for batch in trainer.get_train_dataloader():
         first = batch if first is None else first
-        sequences = [s for example in sequences_of(dict(batch), _columns(trainer)) for s in example]
+        examples = sequences_of(dict(batch), _columns(trainer))
+        sequences = [s for example in examples for s in example]
+        rows, batches = rows + len(examples), batches + 1
         own = [len(s.ids) for s in sequences]
         together = [value for name, value in batch.items() if name.endswith("input_ids")]  # in one forward pass
         height, width = sum(map(len, together)), max(value.size(1) for value in together)
@@ -280,8 +308,8 @@ def _data(trainer: Any, full: Any, given: Any) -> tuple[dict[str, Any], Batch, A
         lengths += own
         tokens, places, trained = tokens + sum(own), places + height * width, trained + labelled
         if height * width > largest.rows * largest.length:
-            largest = Batch(height, width, labelled)
-        if not isinstance(full, Dataset) and len(lengths) >= STREAM_ROWS:
+            largest = Batch(height, width, labelled, _mask_places(trainer, examples))
+        if not isinstance(full, Dataset) and rows >= STREAM_ROWS:
             break
     quantiles = {name: round(float(np.quantile(lengths, q))) for name, q in _QUANTILES.items()}
     evaluated = trainer.eval_dataset
@@ -294,6 +322,7 @@ def _data(trainer: Any, full: Any, given: Any) -> tuple[dict[str, Any], Batch, A
         "truncated": truncated / max(len(full), 1),
         "lengths": quantiles,
         "responses": len(lengths),
+        "batches": batches,
         "tokens": tokens,
         "trained_tokens": trained,
         "padding": 1 - tokens / max(places, 1),
@@ -301,6 +330,19 @@ def _data(trainer: Any, full: Any, given: Any) -> tuple[dict[str, Any], Batch, A
         "duplicates": len(full) - len(seen),
     }
     return found, largest, first
+
+
+def _mask_places(trainer: Any, examples: list[list[Sequence]]) -> int:
+    """Places of the mask of a batch whose pairs share their prompts."""
+    if not has_pair_mask(trainer.model, trainer.args):
+        return 0
+    longest = 0
+    for example in examples:
+        places = zip(*(zip(sequence.ids, sequence.trained, strict=True) for sequence in example), strict=False)
+        prompt = sum(1 for _ in takewhile(lambda each: len(set(each)) == 1 and not each[0][1], places))
+        shared = max(prompt - 1, 0)  # its last token stands before each response
+        longest = max(longest, sum(len(sequence.ids) - shared for sequence in example) + shared)
+    return len(examples) * longest**2
 
 
 def _dropped(found: Inspection, full: Any) -> dict[str, Any]:
@@ -451,13 +493,17 @@ def _costs(
         steps_per_epoch = math.ceil(len(given) / per_step)
         max_steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps_per_epoch)
     stream = not isinstance(trainer.train_dataset, Dataset)
-    tokens = data["tokens"] / max(looked_at, 1) * batch_size * max_steps if stream or data["partial"] else None
-    if tokens is None:
+    if stream:
+        micro_batches = max_steps * args.gradient_accumulation_steps * args.world_size
+        tokens = data["tokens"] / max(data["batches"], 1) * micro_batches
+    elif data["partial"]:
+        tokens = data["tokens"] / max(looked_at, 1) * batch_size * max_steps
+    else:
         tokens = data["tokens"] * args.world_size * max_steps / steps_per_epoch
     plan = {
         "steps": max_steps,
         "epochs": None if stream else round(max_steps / steps_per_epoch, 4),
-        "warmup_steps": args.get_warmup_steps(max_steps),
+        "warmup_steps": 0 if args.lr_scheduler_type in _WITHOUT_WARMUP else args.get_warmup_steps(max_steps),
         "batch_size": batch_size,
         "processes": args.world_size,
         "positions": getattr(model.config.get_text_config(), "max_position_embeddings", None),
@@ -501,7 +547,11 @@ def _checkpoints(args: Any, steps: int, steps_per_epoch: int) -> int:
         number = math.ceil(steps / every)  # the last step is saved too
     else:
         number = {"no": 0, "epoch": math.ceil(steps / steps_per_epoch)}.get(strategy, 1)
-    return number if args.save_total_limit is None else min(number, args.save_total_limit)
+    limit = args.save_total_limit
+    if limit is None or limit <= 0:
+        return number
+    # The best one stays beside the last one
+    return min(number, max(limit, 2) if args.metric_for_best_model is not None else limit)
 
 
 def _available(device: torch.device) -> int | None:

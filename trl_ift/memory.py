@@ -14,12 +14,14 @@ times their size), feed-forward width i and a vocabulary of V:
                  N V <= 2^26), three tiles of 2^23 logits (on a CPU; elsewhere of 2^26), and the head's gradient in float32
 
 Attention is counted without its scores, as PyTorch's fused kernels run it; eager attention keeps the R T^2 of each head, in
-float32 and in the dtype of the computation, and needs them twice in the layer that the backward pass is at. The sum is of
-parts that are seldom all there at once, and leaves out what allocators and libraries hold back: expect the peak within a
-factor of two. For several devices it is that of each under DDP; FSDP and DeepSpeed split it.
+float32 and in the dtype of the computation, and needs them twice in the layer that the backward pass is at. Pairs that share
+their prompts have a mask of B L^2 places, with sdpa a byte each, and a copy of c bytes a place that each layer keeps. The sum
+is of parts that are seldom all there at once, and leaves out what allocators and libraries hold back: expect the peak within
+a factor of two. For several devices it is that of each under DDP; FSDP and DeepSpeed split it.
 """
 
 import copy
+import math
 from dataclasses import dataclass, fields, replace
 from itertools import islice
 from typing import Any
@@ -86,11 +88,19 @@ class Shape:
 
 @dataclass(frozen=True)
 class Batch:
-    """A micro-batch of one device: rows that run through the model together, their padded length, labelled positions."""
+    """A micro-batch of one device.
+
+    Attributes:
+        rows: Rows that run through the model together.
+        length: Their padded length.
+        labelled: Labelled positions.
+        mask: Places of the mask of pairs that share their prompts, B L^2 for B pairs in rows of L tokens.
+    """
 
     rows: int
     length: int
     labelled: int
+    mask: int = 0
 
 
 @dataclass(frozen=True)
@@ -182,9 +192,10 @@ def activation_bytes(shape: Shape, batch: Batch, width: int, checkpointing: bool
     tokens = batch.rows * batch.length
     layer = tokens * (width * (5 * shape.attention + 5 * shape.hidden + 4 * shape.intermediate) + 8 * shape.hidden)
     scores = shape.heads * tokens * batch.length * (4 if width == 4 else 4 + width) if shape.eager else 0
+    mask = batch.mask * (width if shape.eager else 1 + width * (1 if checkpointing else shape.layers))
     if checkpointing:
-        return layer + 2 * scores + shape.layers * tokens * width * shape.hidden
-    return shape.layers * (layer + scores) + scores
+        return layer + 2 * scores + shape.layers * tokens * width * shape.hidden + mask
+    return shape.layers * (layer + scores) + scores + mask
 
 
 def head_bytes(shape: Shape, batch: Batch, width: int, on_cpu: bool, trained_head: bool) -> int:
@@ -214,7 +225,21 @@ def largest_batch(trainer: Any) -> Batch | None:
     rows = sum(len(responses_of(row)) for row in first)
     length = _longest(dataset) if isinstance(dataset, Dataset) else None
     known = [number for number in (length, args.max_length) if number is not None]
-    return Batch(rows, min(known), rows * min(known)) if known and rows else None
+    if not known or not rows:
+        return None
+    pairs, length = len(first), min(known)
+    # As if a pair shared nothing
+    mask = pairs * (math.ceil(rows / pairs) * length) ** 2 if has_pair_mask(trainer.model, args) else 0
+    return Batch(rows, length, rows * length, mask)
+
+
+def has_pair_mask(model: Any, args: Any) -> bool:
+    """Whether pairs share their prompts, in rows whose mask has a place for every two tokens."""
+    # That of flex_attention is made of blocks
+    return (
+        getattr(args, "shared_prompt", False)
+        and model.config.get_text_config()._attn_implementation != "flex_attention"
+    )
 
 
 def _longest(dataset: Dataset) -> int | None:
@@ -292,7 +317,7 @@ def savings(
         saved = estimate.activations - activation_bytes(shape, batch, width, True)
         found.append(("`gradient_checkpointing`: activations are computed again", saved))
     if batch.rows > 1 and args.per_device_train_batch_size > 1:
-        half = replace(batch, rows=batch.rows // 2, labelled=batch.labelled // 2)
+        half = replace(batch, rows=batch.rows // 2, labelled=batch.labelled // 2, mask=batch.mask // 2)
         saved = estimate.activations - activation_bytes(shape, half, width, bool(args.gradient_checkpointing))
         found.append(("half of `per_device_train_batch_size`, twice `gradient_accumulation_steps`", saved))
     if not is_peft_model(model):

@@ -14,5 +14,7 @@ def extract_answer(reply: str) -> str | None:
     if not numbers:
         return None
     number = Decimal(numbers[-1].replace(",", ""))
+    if number == 0:  # nor "-0"
+        return "0"
     # Not by way of `int`, which refuses numbers of thousands of digits
     return f"{number.to_integral_value():f}" if number == number.to_integral_value() else str(number)

@@ -6,17 +6,21 @@ check_written    what a tokenizer and its chat template make of them: messages t
 naming_the_row   around code that fails somewhere in a dataset: which row it was
 """
 
-import logging
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from transformers.utils import logging
+
+from ..stages import is_main_process
+
 
 _MARK = "trl-ift marks this text"
-# Roles that chat templates know; another one is tried
+# Roles that chat templates know
 _ROLES = ("system", "user", "assistant", "tool")
 
-logger = logging.getLogger(__name__)
+logger = logging.get_logger(__name__)
 
 
 def check_text(value: Any, where: str, column: str) -> None:
@@ -69,7 +73,10 @@ def _fault_of_message(message: Any) -> tuple[type[Exception], str] | None:
         others = any(value is not None for name, value in message.items() if name != "role")
         return None if others else (ValueError, f"has the role {role!r} and no content")
     for part in content if isinstance(content, list) else [content]:
-        text = part.get("text", "") if isinstance(part, Mapping) and isinstance(content, list) else part
+        text = part
+        if isinstance(part, Mapping) and isinstance(content, list):
+            # Arrow gives every part the fields of all: a null `text` is that of a part of another type
+            text = part.get("text", "") if part.get("type") == "text" else part.get("text") or ""
         if not isinstance(text, str):
             return (
                 TypeError,
@@ -150,12 +157,12 @@ def check_written(dataset: Any, name: str, columns: Sequence[str], tokenizer: An
                 within |= column != "prompt" and spoken and end in content
         ends += within
     for role, (index, column) in roles.items():
-        if role not in _ROLES and _leaves_out(tokenizer, role):
+        if _leaves_out(tokenizer, role):
             raise ValueError(
                 f"`{name}`, row {index}: column '{column}' holds a message of the role {role!r}, which the chat template "
                 f"leaves out: the model would not see it. Rename the role ({', '.join(_ROLES)}), or change the template."
             )
-    if ends:
+    if ends and is_main_process():
         logger.warning(
             f"In {ends} of {len(dataset)} rows of `{name}` an answer holds {end!r} before its end. As the end-of-sequence "
             "token of the tokenizer it ends the answer there: the model learns to stop at it. Remove it from the text."
@@ -164,11 +171,14 @@ def check_written(dataset: Any, name: str, columns: Sequence[str], tokenizer: An
 
 def _leaves_out(tokenizer: Any, role: str) -> bool:
     """Whether the chat template writes nothing of messages of a role. One that refuses them will say so itself."""
-    messages = [{"role": "user", "content": "Hello."}, {"role": role, "content": _MARK}]
-    try:
-        return _MARK not in tokenizer.apply_chat_template(messages, tokenize=False)
-    except Exception:
-        return False
+    marked, other = {"role": role, "content": _MARK}, {"role": "user", "content": "Hello."}
+    for messages in ([other, marked], [marked, other]):  # some are written in the first place alone
+        try:
+            if _MARK in tokenizer.apply_chat_template(messages, tokenize=False):
+                return False
+        except Exception:
+            return False
+    return True
 
 
 def check_implicit_prompts(dataset: Any, name: str) -> None:
@@ -184,9 +194,19 @@ def check_implicit_prompts(dataset: Any, name: str) -> None:
             )
 
 
+def _is_own(error: Exception) -> bool:
+    """Whether code of this library has raised an error."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and str(trace.tb_frame.f_globals.get("__name__")).startswith("trl_ift.")
+
+
 @contextmanager
 def naming_the_row(dataset: Any, name: str, columns: Sequence[str], tokenizer: Any) -> Iterator[None]:
-    """When the block fails, look for the row of the dataset whose texts or messages cannot be tokenized, and name it.
+    """When the block fails, look for a row whose texts or messages cannot be tokenized, among the first thousand; name it.
+
+    Errors that the library itself has raised pass.
 
     Raises:
         ValueError: A row cannot be tokenized; the message has its number, the column and the reason.
@@ -196,8 +216,13 @@ def naming_the_row(dataset: Any, name: str, columns: Sequence[str], tokenizer: A
     except Exception as error:
         from ..trl_internals import tokenize
 
-        rows = dataset.with_format(None) if hasattr(dataset, "num_rows") else dataset.take(1000)
-        for index, row in enumerate(rows):
+        if isinstance(error, ValueError) and _is_own(error):
+            raise
+        rows = dataset.with_format(None) if hasattr(dataset, "num_rows") else dataset
+        for index, row in enumerate(rows.take(1000)):
+            tools = row.get("tools")
+            tools = json.loads(tools) if isinstance(tools, str) else tools
+            options = {"tools": tools, **(row.get("chat_template_kwargs") or {})}
             before: Any = None
             for column in columns:
                 try:
@@ -208,7 +233,7 @@ def naming_the_row(dataset: Any, name: str, columns: Sequence[str], tokenizer: A
                     whole = value if before is None or column == "prompt" else before + value
                     if type(whole) is not type(value):
                         raise TypeError("not of the kind of the prompt")
-                    tokenize(tokenizer, whole)
+                    tokenize(tokenizer, whole, **(options if isinstance(whole, list) else {}))
                 except Exception as reason:
                     text = f"{type(reason).__name__}: {reason}"
                     if isinstance(reason, ValueError | TypeError) and f"row {index}" in str(reason):

@@ -81,11 +81,11 @@ class Settings:
 
 
 _EVALUATION = (
-    "eval_steps", "per_device_eval_batch_size", "eval_accumulation_steps", "eval_delay", "eval_on_start", "eval_packing",
-    "prediction_loss_only", "metric_for_best_model", "dataset_test_split", "test_split_size", "bf16_full_eval",
-    "fp16_full_eval", "batch_eval_metrics",
+    "eval_steps", "per_device_eval_batch_size", "eval_accumulation_steps", "eval_delay", "eval_packing",
+    "prediction_loss_only", "metric_for_best_model", "dataset_test_split", "bf16_full_eval", "fp16_full_eval",
+    "batch_eval_metrics",
 )  # fmt: skip
-_HUB = ("hub_model_id", "hub_strategy", "hub_private_repo", "hub_always_push", "hub_revision", "hub_token")
+_HUB = ("hub_strategy", "hub_private_repo", "hub_always_push", "hub_revision", "hub_token")
 _LORA = (
     "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_target_parameters", "lora_modules_to_save",
     "lora_task_type", "use_rslora", "use_dora",
@@ -100,8 +100,22 @@ _UNUSED = (
         lambda s: s.save_strategy == "no",
         "nothing is saved during training: set `save_strategy`",
     ),
-    (("save_steps",), lambda s: s.save_strategy == "epoch", "with `save_strategy: epoch`: set it to steps"),
-    (("logging_steps",), lambda s: s.logging_strategy != "steps", "unless `logging_strategy` is steps"),
+    (("save_steps",), lambda s: s.save_strategy in ("epoch", "best"), "unless `save_strategy` is steps"),
+    (
+        ("logging_steps",),  # it is the default of `eval_steps` too
+        lambda s: s.logging_strategy != "steps" and not (s.eval_strategy == "steps" and s.eval_steps == s.logging_steps),
+        "unless `logging_strategy` is steps",
+    ),
+    (
+        ("warmup_steps",),
+        lambda s: s.lr_scheduler_type == "constant",
+        "`lr_scheduler_type: constant` has no warm-up: set it to constant_with_warmup",
+    ),
+    (
+        ("warmup_steps",),
+        lambda s: s.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy"),
+        "this `lr_scheduler_type` has no warm-up: set another one",
+    ),
     (_HUB, lambda s: not s.push_to_hub, "nothing is pushed: set `push_to_hub`"),
     (_LORA, lambda s: not s.use_peft, "no adapter is trained: set `use_peft`"),
     (
@@ -112,8 +126,8 @@ _UNUSED = (
     (("num_train_epochs",), lambda s: s.max_steps > 0, "`max_steps` decides: drop one of the two"),
     (("packing_strategy",), lambda s: not (s.packing or s.eval_packing), "nothing is packed: set `packing`"),
     (
-        ("gradient_checkpointing_kwargs",),
-        lambda s: not s.gradient_checkpointing,
+        ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"),
+        lambda s: not s.gradient_checkpointing,  # which transformers sets to the value of `activation_checkpointing`
         "activations are kept: set `gradient_checkpointing`",
     ),
     (
@@ -127,6 +141,7 @@ _UNUSED = (
         lambda s: not (s.precompute_ref_log_probs or s.logit_mode == "reference"),
         "no reference is stored beforehand: set `precompute_ref_log_probs`",
     ),
+    (("adam_epsilon",), lambda s: "lion" in s.optim, "`optim` has no such option"),
     (_ADAM, lambda s: s.optim.startswith(("sgd", "adafactor", "adagrad", "rmsprop")), "`optim` has no such options"),
     (
         ("greater_is_better",),
@@ -154,8 +169,8 @@ _UNUSED = (
     (("fsdp_config",), lambda s: not s.fsdp, "without `fsdp`"),
     (
         ("length_column_name",),
-        lambda s: s.train_sampling_strategy != "group_by_length",
-        "unless `train_sampling_strategy` is group_by_length",
+        lambda s: s.train_sampling_strategy not in ("group_by_length", "batch_rebalance"),
+        "unless `train_sampling_strategy` is group_by_length or batch_rebalance",
     ),
     (("liger_kernel_config",), lambda s: not s.use_liger_kernel, "without `use_liger_kernel`"),
     (("torch_compile_backend", "torch_compile_mode"), lambda s: not s.torch_compile, "without `torch_compile`"),
@@ -172,25 +187,29 @@ def unused_settings(settings: Settings) -> list[str]:
                 value = redacted(getattr(settings, name), name)
                 value = f"{value:g}" if isinstance(value, float) else value
                 messages.append(f"`{name}: {value}` ({settings.given[name]}) has no effect: {reason}, or drop it.")
+    if "eval_on_start" in settings.given and settings.eval_on_start and settings.eval_strategy == "no":
+        messages.append(
+            f"`eval_on_start: True` ({settings.given['eval_on_start']}) evaluates before the first step, and there is no "
+            "evaluation dataset, so that training stops there: set `eval_strategy`, or drop it."
+        )
     return messages
 
 
-def _misplaced(settings: Settings, found: Any) -> list[str]:
+def _misplaced(settings: Settings, found: Any, steps_known: bool) -> list[str]:
     """Messages about options whose value the size of the run or of the model makes void."""
     messages, steps, positions = [], found.plan["steps"], found.plan["positions"]
-    if "warmup_steps" in settings.given and found.plan["warmup_steps"] >= steps:
+    # A fraction is of the steps, and rounded up to one
+    counted = "warmup_steps" in settings.given and settings.warmup_steps >= 1
+    if counted and steps_known and found.plan["warmup_steps"] >= steps:
         messages.append(
             f"`warmup_steps: {settings.warmup_steps:g}` takes all of the {steps} steps: the learning rate is never reached. "
             "Lower it."
         )
-    for name, strategy in (("eval_steps", settings.eval_strategy), ("save_steps", settings.save_strategy)):
-        value = settings.values.get(name)
-        if name in settings.given and strategy == "steps" and value and value > steps:
-            messages.append(f"`{name}: {value:g}` is more than the {steps} steps of the run. Lower it.")
-    if "max_length" in settings.given and settings.max_length and positions and settings.max_length > positions:
-        messages.append(
-            f"`max_length: {settings.max_length}` is more than the {positions} positions of the model. Lower it."
-        )
+    # Positions begin anew with each text that is packed, unless texts are cut wherever a row ends
+    restarted = settings.packing and settings.packing_strategy != "wrapped"
+    limit = settings.max_length if "max_length" in settings.given and not restarted else None
+    if limit and positions and limit > positions:
+        messages.append(f"`max_length: {limit}` is more than the {positions} positions of the model. Lower it.")
     return messages
 
 
@@ -212,19 +231,27 @@ def inspect(method: Method, parsed: tuple[Any, ...], given: Mapping[str, str]) -
         raise ValueError(f"`--rows {options.rows}` must be at least 0.")
     settings = Settings({name: value for config in configs for name, value in vars(config).items()}, given)
     errors = unused_settings(settings)
-    with tempfile.TemporaryDirectory() as folder:
-        if method.script == "train.py":
-            arguments = prepare(_Deferred(**vars(method)), *configs)
-        else:
-            arguments = _self_play_arguments(configs, folder, options)
-        found = inspect_training(method.trainer_class, rows=options.rows, load_model=not options.no_model, **arguments)
-    if method.script != "train.py":
+    one_training = method.script == "train.py"
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            if one_training:
+                arguments = prepare(_Deferred(**vars(method)), *configs)
+            else:
+                arguments = _self_play_arguments(configs, folder, options)
+            shown = {"rows": options.rows, "load_model": not options.no_model}
+            found = inspect_training(method.trainer_class, **shown, **arguments)
+    except INPUT_ERRORS as error:
+        if not errors:
+            raise
+        first = str(error) or type(error).__name__
+        raise ValueError("\n".join([first, *(f"error: {message}" for message in errors)])) from error
+    if not one_training:
         found.data["note"] = (
             "answers of the model to the first prompts alone: the others are generated when training begins, so that the "
             "figures of data and steps are those of these rows"
         )
         found.data["dropped"] = {"number": 0, "why": []}
-    found.errors = [*errors, *_misplaced(settings, found), *found.errors]
+    found.errors = [*errors, *_misplaced(settings, found, one_training), *found.errors]
     return found
 
 
@@ -232,6 +259,7 @@ def _self_play_arguments(configs: list[Any], folder: str, options: Any) -> dict[
     """The arguments of the trainer of a first iteration, on the first rows, which the model answers."""
     from trl_ift.data import build_pairs, generate_completions
     from trl_ift.data.inference import load_tokenizer
+    from trl_ift.inspection import without_evaluation
 
     script_args, training_args, model_args, dataset_args, config, *latent = configs
     if options.no_model:
@@ -258,7 +286,7 @@ def _self_play_arguments(configs: list[Any], folder: str, options: Any) -> dict[
     pairs = build_pairs(data, completions, processing_class=load_tokenizer(arguments["model"], None, kwargs))
     if latent:  # whose distances an encoder measures later
         pairs = pairs.add_column("latent_distance", [1.0] * len(pairs))
-    return arguments | {"train_dataset": pairs, "eval_dataset": None}
+    return arguments | {"args": without_evaluation(arguments["args"]), "train_dataset": pairs, "eval_dataset": None}
 
 
 def run(argv: list[str]) -> int:
@@ -343,8 +371,8 @@ def _marked(kind: str, text: str, colour: bool) -> str:
 
 
 def _data_lines(data: Mapping[str, Any]) -> list[str]:
-    lines = _head("Data")
-    if data["kept"] is None:
+    lines, stream = _head("Data"), data["kept"] is None
+    if stream:
         lines.append(f"  a stream; the first {data['looked_at']} rows:")
     else:
         dropped = data["dropped"]
@@ -357,7 +385,7 @@ def _data_lines(data: Mapping[str, Any]) -> list[str]:
     lines += [
         f"  {data['truncated']:.1%} of the rows are truncated",
         f"  tokens of a response with its prompt: {quantiles}",
-        f"  {data['tokens']:,} tokens an epoch in {data['responses']:,} responses, "
+        f"  {data['tokens']:,} tokens {'of these rows' if stream else 'an epoch'} in {data['responses']:,} responses, "
         f"{data['trained_tokens']:,} ({share:.0%}) trained",
         f"  padding: {data['padding']:.0%} of the places in a batch",
         f"  {data['duplicates']} rows repeat the prompt and the first response of another",

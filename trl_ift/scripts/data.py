@@ -122,19 +122,23 @@ def _read(source: str, load: Any, /, *args: Any, **kwargs: Any) -> Any:
     try:
         loaded = load(*args, **kwargs)
     except StopIteration:  # of an empty file
-        raise ValueError(f"The dataset {source} has no rows.") from None
+        raise ValueError(redacted(f"The dataset {source} has no rows.")) from None
     except Exception as error:
         if isinstance(error, OSError | ImportError) and not isinstance(error, gzip.BadGzipFile):
             if (message := redacted(str(error))) == str(error):
                 raise  # it is not there, or a package is missing
-            raise type(error)(message) from None
+            try:
+                mended = type(error)(message)
+            except TypeError:  # an error of the Hub, which wants the answer of the server
+                mended = OSError(message)
+            raise mended from None
         reason = error.__cause__ or error
         message = redacted(f"The dataset {source} cannot be read: {type(reason).__name__}: {reason}")
         raise ValueError(message) from error
     splits = loaded.values() if isinstance(loaded, DatasetDict) else [loaded]
     for data in splits:
         if isinstance(data, Dataset):
-            _check_encoding(data, source)
+            _check_encoding(data, redacted(source))
     return loaded
 
 
@@ -190,7 +194,7 @@ def _check_saved(folder: Path) -> None:
 def _pick(splits: Any, name: str, split: str, remedy: str) -> Any:
     if split not in splits:
         raise ValueError(
-            f"The dataset {name} has no split {split!r}; it has: {', '.join(map(repr, splits))}. {remedy}"
+            f"The dataset {redacted(name)} has no split {split!r}; it has: {', '.join(map(repr, splits))}. {remedy}"
         )
     return splits[split]
 

@@ -37,6 +37,8 @@ class SupervisedTrainer(ExtensionTrainer, SFTTrainer):
     it must change in the model goes into `_patch_model`.
     """
 
+    _trained_texts = (("completion",), ("messages",))
+
     def __init__(
         self,
         model: str | PreTrainedModel | PeftModel,
