@@ -155,14 +155,17 @@ def named_datasets(train_dataset: Any, eval_dataset: Any) -> dict[str, Any]:
     return named
 
 
-def check_sft_dataset(dataset: Any, name: str, text_field: str = "text", formatted: bool = False) -> None:
-    """Check columns and types of the first row of an SFT dataset.
+def check_sft_dataset(
+    dataset: Any, name: str, text_field: str = "text", formatted: bool = False, every_row: bool = True
+) -> None:
+    """Check columns and types of an SFT dataset: of its first row, and the texts of all rows.
 
     Args:
         dataset: `Dataset` or `IterableDataset`.
         name: How the messages call it, e.g. `"train_dataset"`.
         text_field: Column of plain text, `dataset_text_field` of the config.
         formatted: Whether a `formatting_func` will build the text, so that any columns do.
+        every_row: Whether the texts of all rows are read; not by tools that name a bad row when they come to it.
     """
     row = next(iter(dataset), None)
     if row is None:
@@ -208,7 +211,7 @@ def check_sft_dataset(dataset: Any, name: str, text_field: str = "text", formatt
             f"`{name}` has the columns {sorted(row)}. Expected 'messages' or '{text_field}' (language modeling), 'prompt' and "
             f"'completion', or 'input_ids' (pre-tokenized). Rename your columns, or set `dataset_text_field`."
         )
-    if column == "input_ids":
+    if column == "input_ids" or not every_row:
         return
     answer = "completion" if "completion" in row and "prompt" in row else column
     texts = (

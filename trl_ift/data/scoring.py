@@ -558,7 +558,7 @@ def _check_dataset(dataset: Any, options: RowOptions) -> Dataset | IterableDatas
             "`dataset` has a transform (`with_transform`), which TRL does not train on either. Apply it with `map` first."
         )
     dataset = dataset.with_format(None)
-    check_sft_dataset(dataset, "dataset", options.dataset_text_field)
+    check_sft_dataset(dataset, "dataset", options.dataset_text_field, every_row=False)
     names = list(content_of(next(iter(dataset)), options))
     return dataset.select_columns(names) if isinstance(dataset, Dataset) else dataset
 

@@ -500,7 +500,7 @@ def _check_dataset(dataset: Any) -> None:
     if {"chosen", "rejected"} <= set(dataset.column_names):
         check_preference_dataset(dataset, "dataset")
     else:
-        check_sft_dataset(dataset, "dataset")
+        check_sft_dataset(dataset, "dataset", every_row=False)
     if "prompt" not in dataset.column_names or not {"completion", "chosen"} & set(dataset.column_names):
         raise ValueError(
             f"`dataset` has the columns {sorted(dataset.column_names)}. Expected 'prompt' and 'completion', or 'prompt', "
