@@ -178,8 +178,9 @@ def main() -> None:
     # A fifth of the time of a run goes into versions of packages: read once, here
     for name in ("metadata", "version"):
         setattr(importlib.metadata, name, functools.cache(getattr(importlib.metadata, name)))
-    extension.library_versions = functools.cache(extension.library_versions)
-    extension.library_versions()
+    versions = functools.cache(vars(extension)["library_versions"])
+    vars(extension)["library_versions"] = versions
+    versions()
     is_peft_available()
     gc.collect()
     gc.freeze()

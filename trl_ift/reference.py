@@ -132,7 +132,7 @@ class ReferenceTrainer(ExtensionTrainer):
 
     def _ref_logps_options(self) -> list[Any]:
         """Hook: all that they depend on beside the weights, their dtype and device, and the data."""
-        raise NotImplementedError
+        return [self.args.max_length, self.args.bf16, self.args.fp16]
 
     def _precompute_ref_logps(self, dataset, name, batch_size):
         if not self.uses_reference or set(self.ref_columns) <= set(next(iter(dataset))):

@@ -334,11 +334,6 @@ class UnpairedTrainer(ReferenceTrainer, KTOTrainer, ABC):
         names = [column.name for column in self._all_columns]
         self._signature_columns += [name for name in names if name not in self._signature_columns]
 
-    # ---------------------------------------------------------------- reference
-
-    def _ref_logps_options(self) -> list[Any]:
-        return [self.args.max_length, self.args.bf16, self.args.fp16]
-
     # ---------------------------------------------------------------- evaluation
 
     def evaluation_loop(self, dataloader, *args, **kwargs):
