@@ -804,3 +804,12 @@ def test_roles_of_one_place(place, lost, tokenizer, monkeypatch):
 
 def test_minus_zero():
     assert [extract_answer(text) for text in ("-0", "-0.0", "-3")] == ["0", "0", "-3"]
+
+
+@pytest.mark.parametrize(("tail", "warnings"), [("", 0), (" More.<|im_end|>", 1)])
+def test_ends_of_turns_in_an_implicit_prompt_are_no_ends_of_an_answer(tail, warnings, tokenizer, monkeypatch):
+    said = pairs.message_log(monkeypatch, rows_module)
+    prompt = "<|im_start|>user\nHello.<|im_end|>\n<|im_start|>assistant\n"
+    rows = [{"chosen": f"{prompt}Hi.<|im_end|>{tail}", "rejected": f"{prompt}No.<|im_end|>"}]
+    rows_module.check_written(Dataset.from_list(rows), "data", ["chosen", "rejected"], tokenizer)
+    assert len(said) == warnings

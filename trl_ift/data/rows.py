@@ -145,9 +145,14 @@ def check_written(dataset: Any, name: str, columns: Sequence[str], tokenizer: An
     roles: dict[str, tuple[int, str]] = {}
     for index, row in enumerate(dataset.with_format(None).select_columns(list(columns))):
         within = False
+        start, pair = 0, (row.get("chosen"), row.get("rejected"))
+        if "prompt" not in row and all(isinstance(value, str) for value in pair):
+            # Both answers begin with the prompt, which may hold ends of turns
+            start = next((i for i, (a, b) in enumerate(zip(*pair, strict=False)) if a != b), min(map(len, pair)))
         for column in columns:
             value = row[column]
             if isinstance(value, str):
+                value = value[start:]
                 within |= column != "prompt" and end != "" and end in value.rstrip().removesuffix(end)
                 continue
             for message in value or []:
