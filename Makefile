@@ -12,11 +12,12 @@ BENCHMARK_ARGS ?=
 PYTEST_ARGS ?= -n 2 --dist loadfile
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -q
 
-.PHONY: demo test test-versions mutants lint types docs benchmarks clean help
+.PHONY: demo test coverage test-versions mutants lint types docs benchmarks clean help
 
 help:
 	@echo "make demo   fine-tune a real 135M chat model with IFT and SFT on this machine, and write a report"
 	@echo "make test   run the test suite"
+	@echo "make coverage   the same, and which lines and branches it does not run"
 	@echo "make test-versions   the same with the oldest and the newest supported versions of TRL and the packages below it"
 	@echo "make lint   ruff (lint and format);  make types   mypy"
 	@echo "make docs   build the documentation into site/, with no link that leads nowhere"
@@ -36,6 +37,9 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+coverage: $(STAMP)
+	$(BIN)/python -m pytest $(PYTEST_ARGS) --cov --cov-report=term
 
 # The oldest and the newest supported versions, each in an environment of its own in .venvs; writes docs/versions.md
 test-versions: $(STAMP)

@@ -242,16 +242,21 @@ def measure_time(shape: str, args) -> dict[str, list[float]]:
 def main() -> None:
     shared = [f"{name}{SHARED}" for name in SHARED_CONTENDERS]
     options = common.parser(__doc__.splitlines()[0], [*CONTENDERS, *FAMILY, *shared], "pairs")
-    options.set_defaults(contenders=list(CONTENDERS))
+    options.set_defaults(contenders=None)
     options.add_argument("--family", action="store_true", help="the related methods, beside the base")
     options.add_argument("--shared_prompt", action="store_true", help="one prompt a pair, beside padded rows")
     args = common.parse(options)
+    sets = [name for name in ("contenders", "family", "shared_prompt") if getattr(args, name)]
+    if len(sets) > 1 and not args.memory_of:
+        options.error(f"--{sets[0]} and --{sets[1]} both say what is compared. Give one.")
     counterparts = COUNTERPARTS
     if args.family:
         args.contenders = ["base precomputed", "base", "CPO", *FAMILY]
         counterparts = {name: BESIDE.get(name, "base precomputed") for name in FAMILY if name != "KTO"}
-    if args.shared_prompt:
+    elif args.shared_prompt:
         args.contenders = [name for base in SHARED_CONTENDERS for name in (base, f"{base}{SHARED}")]
+    elif not args.contenders:
+        args.contenders = list(CONTENDERS)
     if args.memory_of:
         common.print_peak_memory(partial(make_step, args.memory_of, args.sizes[0], args))
         return

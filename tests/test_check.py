@@ -13,12 +13,13 @@ import pytest
 import test_methods
 import tiny
 import torch
+import trl
 import yaml
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from torch.profiler import ProfilerActivity, profile
 
-from trl_ift import METHODS, DPOPConfig, DPOPTrainer, IFTTrainer, MinorDPOTrainer, get_method, inspection
+from trl_ift import METHODS, DPOPConfig, DPOPTrainer, IFTTrainer, MinorDPOTrainer, get_method, inspection, memory
 from trl_ift.cli import main
 from trl_ift.inspection import inspect_training
 from trl_ift.memory import Batch, largest_batch, optimizer_bytes
@@ -209,6 +210,46 @@ def test_dropped_rows_have_a_reason(tokenizer):
     assert found.data["dropped"]["why"] == ["Dropped 1 of 8 rows of the train dataset: 1 (chosen equals rejected)."]
 
 
+def test_rows_that_sft_drops_are_counted(tokenizer):
+    """Their prompts fill `max_length`."""
+    rows = tiny.prompt_completion_data().to_list()[:5]
+    rows[1]["prompt"] = rows[3]["prompt"] = "word " * 40
+    found = inspect(get_method("ift"), tokenizer, data=Dataset.from_list(rows), max_length=32)
+    assert (found.data["rows"], found.data["kept"], found.data["dropped"]["number"]) == (5, 3, 2)
+    assert found.data["dropped"]["why"] == ["without a token to train on after truncation"]
+
+
+def test_rows_that_are_tokenized_by_the_user(tokenizer):
+    rows = [
+        {"input_ids": [5, 6, 7], "labels": [-100, 6, 7]},
+        {"input_ids": [5, 6, 8, 9], "labels": [-100, 6, 8, 9]},
+    ] * 4
+    options = {"dataset_kwargs": {"skip_prepare_dataset": True}, "max_length": 3}  # which cuts nothing then
+    found = inspect(get_method("ift"), tokenizer, data=Dataset.from_list(rows), **options)
+    assert [row[0]["tokens"] for row in found.rows] == [3, 4, 3]
+    assert [row[0]["trained"] for row in found.rows] == [2, 3, 2]
+    assert (found.data["truncated"], found.data["kept"], found.data["tokens"]) == (0, 8, 28)
+    with pytest.raises(ValueError, match="the rows have no 'input_ids'"):
+        inspect(get_method("ift"), tokenizer, data=tiny.text_data(), **options)
+
+
+def test_rows_of_a_formatting_function(tokenizer):
+    arguments = arguments_of(
+        get_method("ift"), tokenizer, data=Dataset.from_list([{"a": "one two", "b": "three"}] * 3)
+    )
+    found = inspect_training(IFTTrainer, **arguments, formatting_func=lambda row: f"{row['a']} {row['b']}")
+    assert found.rows[0][0]["segments"][-1][1].startswith("ne two three")
+
+
+@pytest.mark.parametrize("mode", [{"padding_free": True, "max_length": None}, {"packing": True, "max_length": 64}])
+def test_rows_without_padding_but_at_the_end(tokenizer, mode):
+    plain, found = (inspect(get_method("ift"), tokenizer, pad_to_multiple_of=number, **mode) for number in (None, 64))
+    for name in ("tokens", "trained_tokens", "responses"):
+        assert found.data[name] == plain.data[name]
+    assert found.rows == plain.rows
+    assert found.data["padding"] > plain.data["padding"] == 0
+
+
 def test_stream(tokenizer):
     data = tiny.preference_data().to_iterable_dataset()
     found = inspect(get_method("minor-dpo"), tokenizer, data=data, max_steps=5)
@@ -327,6 +368,15 @@ def test_out_of_memory(tokenizer, monkeypatch):
     assert found.memory["total"] > 0
 
 
+def test_out_of_memory_while_the_model_loads(tokenizer, monkeypatch):
+    def fail(*_, **__):
+        raise torch.OutOfMemoryError("Tried to allocate 9 GiB")
+
+    monkeypatch.setattr(trl.DPOTrainer, "__init__", fail)
+    with pytest.raises(ValueError, match=r"does not fit into the memory: Tried to allocate 9 GiB .*`--no_model`"):
+        inspect(get_method("dpop"), tokenizer)
+
+
 def test_too_few_positions(tokenizer):
     model = tiny.model("llama", tokenizer, max_position_embeddings=16)
     (error,) = inspect(get_method("dpop"), tokenizer, model=model).errors
@@ -373,6 +423,18 @@ def test_what_lowers_the_memory(tokenizer):
     lower = inspect(get_method("minor-dpo"), tokenizer, rows=0, gradient_checkpointing=True)
     assert changes["gradient_checkpointing"] == found.memory["total"] - lower.memory["total"]
     assert sorted(changes.values(), reverse=True) == [saved for _, saved in found.memory["would_save"]]
+
+
+def test_unknown_shapes(tokenizer, monkeypatch):
+    def fail(*_):
+        raise AttributeError("no attribute 'num_attention_heads'")
+
+    monkeypatch.setattr(memory.Shape, "of", fail)
+    found = inspect(get_method("ift"), tokenizer, gradient_checkpointing=True)
+    assert found.errors == []
+    assert found.memory["parts"]["weights"] > 0 == found.memory["parts"]["activations"]
+    text = check.rendered(found.to_dict())
+    assert "without the activations, which cannot be estimated for this model (no attribute" in text
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -651,6 +713,25 @@ def test_self_play(name, run_file, model_dir, capsys):
     assert "answers of the model to the first prompts alone" in found["data"]["note"]
     assert found["errors"] == []
     assert not Path("out").exists()
+
+
+def test_self_play_that_goes_on(model_dir, tokenizer, capsys):
+    """On conversations, from an adapter, in a folder with results; the reference is stored, as an iteration stores it."""
+    tiny.messages_data().to_json("sft.jsonl")
+    model = get_peft_model(tiny.model("llama", tokenizer), LoraConfig(r=2, target_modules="all-linear"))
+    model.save_pretrained("adapter")
+    Path("out").mkdir()
+    Path("out/model.safetensors").touch()
+    options = ["--model_name_or_path", model_dir, "--dataset_name", "sft.jsonl", "--output_dir", "out"]
+    options += ["--initial_adapter", "adapter", "--precompute_ref_batch_size", "4", "--max_new_tokens", "6"]
+    options += ["--per_device_train_batch_size", "2", "--json", "f.json"]
+    assert check.run(["spin", *options]) == 0, capsys.readouterr().err
+    found = json.loads(Path("f.json").read_text())
+    adapter = sum(p.numel() for name, p in model.named_parameters() if "lora_" in name)
+    assert found["plan"]["trained_parameters"] == adapter
+    assert found["reference"]["kind"].startswith("precomputed")
+    assert found["loss"]["measured"] == pytest.approx(LN2)
+    assert "a training command keeps it" not in capsys.readouterr().out
 
 
 def test_interrupted(run_file, monkeypatch):

@@ -742,6 +742,12 @@ def train(tmp_path, tokenizer, monkeypatch):
     return call
 
 
+def test_no_pickled_arguments(train, tmp_path):
+    train(save_strategy="steps", save_steps=1, max_steps=2)
+    assert list((tmp_path / "guide").glob("checkpoint-*"))
+    assert not list((tmp_path / "guide").rglob("training_args.bin"))
+
+
 def weights(guide):
     return {name: value.detach().clone() for name, value in guide.named_parameters()}
 

@@ -10,11 +10,12 @@ import re
 import string
 
 import datasets
+import fsspec
 import pairs
 import pytest
 import study as tiny_study
 import tiny
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, IterableDataset, concatenate_datasets
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
@@ -40,7 +41,7 @@ from trl_ift.data.generation import generate_completions, load_completions
 from trl_ift.data.pairs import build_pairs, first_turns
 from trl_ift.data.references import score_references
 from trl_ift.data.report import _fenced, _markdown
-from trl_ift.data.rows import check_text, check_texts
+from trl_ift.data.rows import check_text, check_texts, check_written
 from trl_ift.data.scoring import Scorer, load_scores
 from trl_ift.data.token_weights import estimate_token_weights
 from trl_ift.data.trees import cross_turn_pairs, tree_to_pairs, tree_to_sft
@@ -48,7 +49,7 @@ from trl_ift.data.triples import build_triples, triple_of
 from trl_ift.hub.card import _cell
 from trl_ift.latent.weigh import load_codes, load_weighted_pairs
 from trl_ift.reward.eurus import check_rows
-from trl_ift.scripts.data import load_named
+from trl_ift.scripts.data import load_named, load_split
 from trl_ift.study.judged import load_questions, parse_rating
 from trl_ift.study.plan import Study
 
@@ -217,6 +218,46 @@ def test_check_texts_names_the_row():
     check_texts(Dataset.from_list([{"text": None}]), "data", ["text"], nullable=True)
 
 
+class Sound(Exception):
+    """Raised where nothing was wrong."""
+
+
+def conversation(role="user", content="Hi?"):
+    return {"prompt": [{"role": "system", "content": "Be brief."}, {"role": role, "content": content}]}
+
+
+@pytest.mark.parametrize(
+    ("row", "fault"),
+    [
+        (conversation(), None),
+        (conversation(role=""), "has no role"),
+        (conversation(role=None), "has no role"),
+        (conversation(content=None), "has the role 'user' and no content"),
+        ({"prompt": []}, "an empty list of messages"),
+        ({"prompt": None}, "is null"),
+        ({"prompt": [None]}, "is no {'role', 'content'} mapping"),
+    ],
+)
+def test_whole_columns_are_checked_as_rows_are(row, fault, monkeypatch):
+    """What is found out without reading the rows is what reading them finds."""
+    sound = Dataset.from_list([conversation()] * 2)
+    data = concatenate_datasets([sound, Dataset.from_list([row], features=sound.features)])
+    for _ in range(2):
+        with pytest.raises((ValueError, TypeError) if fault else Sound, match=fault and re.escape(fault)) as raised:
+            check_texts(data, "data", ["prompt"])
+            raise Sound
+        assert fault is None or "row 2" in str(raised.value)
+        monkeypatch.setattr(rows_module, "_parts", lambda *_: None)
+
+
+def test_sound_columns_are_not_read(tokenizer, monkeypatch):
+    monkeypatch.setattr(rows_module, "check_text", None)
+    monkeypatch.setattr(Dataset, "__iter__", None)
+    for rows in ([{"prompt": "a", "completion": "b"}], [conversation() | {"completion": chat("assistant", "b")}]):
+        check_texts(Dataset.from_list(rows), "data", ["prompt", "completion"])
+        check_written(Dataset.from_list(rows), "data", ["prompt", "completion"], tokenizer)
+
+
 def test_mixed_kinds_in_a_file(tmp_path):
     """`datasets` reads a JSON file whose values are of several types."""
     path = tmp_path / "rows.jsonl"
@@ -243,9 +284,9 @@ def as_json(value) -> bytes:
 def test_files_of_any_bytes(data, suffix, tmp_path):
     path = tmp_path / f"rows{suffix}"
     path.write_bytes(data)
-    splits = outcome(lambda: load_named(str(path)), "rows")
-    if splits is not None:
-        assert list(splits["train"]) is not None  # each row can be read
+    rows = outcome(lambda: load_split(str(path), "train"), "rows")
+    if rows is not None:
+        assert list(rows) is not None  # each row can be read
 
 
 @examples(15)
@@ -272,6 +313,15 @@ def test_damaged_json(data, message, tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(data)
     with pytest.raises(ValueError, match=message):
+        load_split(str(path), "train")
+
+
+@pytest.mark.parametrize("suffix", [".jsonl.gz", ".json.xz", ".ndjson.bz2"])
+def test_compressed_json_of_null(suffix, tmp_path):
+    path = tmp_path / f"rows{suffix}"
+    with fsspec.open(str(path), "wb", compression="infer") as file:
+        file.write(b"null\nnull\n")
+    with pytest.raises(ValueError, match="begins with b'null"):
         load_named(str(path))
 
 

@@ -618,6 +618,8 @@ class TestOptions:
             assert parts[key] == pytest.approx(first[key], rel=1e-6)  # over tokens, however they are batched
         batch = next(iter(quiet.get_eval_dataloader()))
         assert first["eval_loss"] == pytest.approx(naive_ift(double(quiet.model), batch).item(), rel=1e-5)
+        with pytest.raises(ValueError, match="`held dataset`, row 1: column 'completion' is null"):
+            quiet.evaluate({"held": Dataset.from_list([{"prompt": "a", "completion": end} for end in ("b", None)])})
         fresh = quiet.evaluate(tiny.messages_data())
         assert math.isfinite(fresh["eval_sft_loss"])
 

@@ -4,6 +4,8 @@ import pytest
 import tiny
 import torch
 from pairs import make
+from peft import LoraConfig, get_peft_model
+from transformers import Gemma3nTextConfig, MambaConfig
 
 from trl_ift import (
     IFTConfig,
@@ -96,6 +98,43 @@ def test_what_is_needed_is_beside_the_weights(tmp_path, tokenizer):
     )
 
 
+@pytest.mark.parametrize("peft", [False, True])
+def test_memory_of_quantized_weights(peft, tokenizer):
+    """Of a model on "meta": linear layers in 4 bits, embeddings and head as they are, which alone are cast."""
+    with torch.device("meta"):
+        model = tiny.model("llama", tokenizer, tie_word_embeddings=False)
+    if peft:
+        model = get_peft_model(model.requires_grad_(False), LoraConfig(r=2, target_modules="all-linear"))
+    args = PreferenceConfig("run", bf16=True, use_cpu=True)
+    ends = 2 * model.get_input_embeddings().weight.numel()
+    base = {name: p for name, p in model.named_parameters() if "lora_" not in name}
+    linear = sum(p.numel() for p in base.values() if p.dim() == 2) - ends
+    norms = sum(p.numel() for p in base.values() if p.dim() == 1)
+    adapter = sum(p.numel() for name, p in model.named_parameters() if "lora_" in name)
+    found = memory.estimate_resident(model, args, quantized_bits=4)
+    assert found.weights == pytest.approx(0.5625 * linear + (4 + 2) * ends + 4 * norms + 2 * 0, rel=1e-3)
+    assert found.adapter == 4 * adapter
+    batch = memory.Batch(2, 8, 8)
+    whole = memory.estimate_memory(model, args, batch, quantized_bits=4)
+    changes = [change for change, _ in memory.savings(model, args, batch, False, whole, 4)]
+    assert not any("load_in_4bit" in change for change in changes)
+    assert any("load_in_4bit" in change for change, _ in memory.savings(model, args, batch, False, whole)) == peft
+
+
+@pytest.mark.parametrize("config", [MambaConfig(), Gemma3nTextConfig()], ids=["names", "lists"])
+def test_other_shapes(config, tmp_path, tokenizer, monkeypatch):
+    """Architectures whose configs have other names, or lists, are no errors."""
+    trainer = trainer_of("texts", tmp_path, tokenizer)
+    monkeypatch.setattr(trainer.model, "config", config)
+    config._attn_implementation = "sdpa"
+    told = memory.choose_checkpointing(trainer)
+    if isinstance(config, MambaConfig):
+        assert "the memory of this model cannot be estimated ('MambaConfig'" in told
+        assert trainer.args.gradient_checkpointing
+    else:
+        assert "GiB" in told
+
+
 def test_free_memory(monkeypatch):
     assert memory.free_memory(torch.device("cpu")) > 0
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (7, 80))
@@ -133,7 +172,7 @@ def test_check_says_what_would_be_chosen(tmp_path, model_dir, monkeypatch):
     arguments = {"model": model_dir, "train_dataset": tiny.preference_data()}
     options = {"use_cpu": True, "bf16": False, "report_to": "none"}
     for free, line in ((2**40, "keeps it off"), (0, "keeps it on")):
-        monkeypatch.setattr("trl_ift.inspection.free_memory", lambda device, free=free: free)
+        monkeypatch.setattr(memory, "free_memory", lambda device, free=free: free)
         args = PreferenceConfig(str(tmp_path), gradient_checkpointing=True, **options)
         found = inspect_training(PreferenceTrainer, args=args, **arguments)
         assert line in check.rendered(found.to_dict())

@@ -151,6 +151,10 @@ def test_trained_on_4_bits(model_dir, tokenizer, tmp_path):
 
 
 def test_reward_model(model_dir, tokenizer, tmp_path):
+    base = AutoModelForCausalLM.from_pretrained(model_dir)
+    base.config.pad_token_id = None
+    base.save_pretrained(tmp_path / "base")
+    model_dir = str(tmp_path / "base")
     config = LoraConfig(r=2, target_modules=["q_proj"], task_type="SEQ_CLS")
     arguments = (tmp_path, model_dir, tiny.preference_data(), tokenizer)
     trainer = make(EurusRewardTrainer, EurusRewardConfig, *arguments, peft_config=config)
@@ -159,6 +163,7 @@ def test_reward_model(model_dir, tokenizer, tmp_path):
     output = merge_adapter(str(tmp_path / "run"), tmp_path / "merged")
     merged = AutoModelForSequenceClassification.from_pretrained(output)
     torch.testing.assert_close(logits(merged), logits(trainer.model), rtol=0, atol=1e-5)
+    assert merged.config.pad_token_id == trainer.model.config.pad_token_id == tokenizer.pad_token_id
     card = ModelCard.load(output / "README.md")
     assert card.data.pipeline_tag == "text-classification"
     assert check_model_card(card) == []
@@ -227,6 +232,11 @@ def whole_model(folder):
         (None, {"base_model": "empty"}, r"The model folder `empty` has no `config.json`"),
         (None, {"base_model": "quantized"}, r"`quantized` is stored with quantized weights"),
         (lambda folder: (folder / "README.md").unlink(), {}, r"no model card of trl-ift.*Name it with `--method`"),
+        (
+            lambda folder: (folder / "README.md").write_text("---\ntags: [trl, dpo]\n---\n"),  # of TRL
+            {},
+            r"no model card of trl-ift",
+        ),
         (None, {"method": "dpoo"}, r"Unknown method 'dpoo'"),
         (None, {"dtype": "int8"}, r"`dtype='int8'` is not known"),
         (None, {"hub_model_id": "a/b/c"}, r"`hub_model_id='a/b/c'` is no Hub id"),

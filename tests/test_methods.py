@@ -16,7 +16,7 @@ from peft import LoraConfig
 from transformers import Trainer, TrainingArguments
 
 import trl_ift
-from trl_ift import METHODS, get_method
+from trl_ift import METHODS, get_method, stages
 from trl_ift.data.token_weights import unit_weights
 from trl_ift.extension import ExtensionConfig, ExtensionTrainer
 from trl_ift.hub.card import check_model_card
@@ -619,3 +619,9 @@ def test_unknown_method():
     with pytest.raises(AttributeError, match="has no attribute 'XYZTrainer'"):
         _ = trl_ift.XYZTrainer
     assert {method.trainer for method in METHODS} <= set(dir(trl_ift))
+
+
+def test_options_of_a_method_decide_its_result():
+    """None of them is taken for one of logging or saving, with which an interrupted run may go on."""
+    for method in METHODS:
+        assert [name for name in method.trainer_class.own_options() if stages._MAY_CHANGE.fullmatch(name)] == []

@@ -487,7 +487,6 @@ def test_command_takes_the_rows_that_were_answered(model_dir, tokenizer, capsys)
         (["--completions", "nowhere"], "`nowhere` holds no completions"),
         (["--dataset_name", "nowhere.jsonl"], "does not exist"),
         (["--dataset_split", "test"], "Name one with `--dataset_split`"),
-        (["--dataset_streaming"], "`dataset` is a IterableDataset"),
         (["--dataset_name", "messages.jsonl"], "it was generated for another prompt"),
         (["--tokenizer", "./nowhere"], "nowhere"),
     ],

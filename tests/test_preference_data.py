@@ -562,6 +562,16 @@ class TestBadInput:
         make(tmp_path, model_dir, data, data_collator=theirs, max_steps=1).train()
         with pytest.raises(ValueError, match=r"`data_collator` \(DataCollatorForPreference\) leaves out 'weight'"):
             make(tmp_path, model_dir, data.add_column("weight", [1.0] * 8), data_collator=theirs)
+        stored = tiny.preference_data()
+        for column in ("ref_chosen_logps", "ref_rejected_logps"):
+            stored = stored.add_column(column, [-5.0] * 8)
+        inner = PreferenceCollator(**options)
+
+        def without(rows):
+            return {key: value for key, value in inner(rows).items() if not key.startswith("ref_")}
+
+        with pytest.raises(ValueError, match="leaves out 'ref_chosen_logps', 'ref_rejected_logps'"):
+            make(tmp_path, model_dir, stored, data_collator=without)
         with pytest.raises(ValueError, match="leaves out 'gold_rows', which the loss reads"):
             make(tmp_path, model_dir, data, ToyTrainer, data_collator=theirs)
         own = PreferenceCollator(**options, columns=(WEIGHT,), branches=ToyTrainer.branches)

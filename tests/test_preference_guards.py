@@ -249,6 +249,26 @@ class TestData:
         results = ModelCard.load(tmp_path / "run" / "README.md").data.eval_results
         assert [result.dataset_name for result in results] == ["org/data"]
 
+    def test_names_of_evaluation_datasets_on_the_card(self, tmp_path, tokenizer):
+        data, named = tiny.triple_data(), {"helpful-base": tiny.triple_data(), "b": tiny.triple_data()}
+        trainer = make(TPOTrainer, tmp_path, tiny.model("llama", tokenizer), data, tokenizer, eval_dataset=named)
+        trainer.evaluate()
+        trainer.create_model_card()
+        results = ModelCard.load(tmp_path / "run" / "README.md").data.eval_results
+        assert [result.dataset_name for result in results] == list(named)
+
 
 def call_me(x, y):
     return x + y
+
+
+def test_rows_of_several_sequences_have_no_length(tmp_path):
+    config_class = TPOTrainer.config_class
+    with pytest.raises(ValueError, match="`train_sampling_strategy='group_by_length'` sorts rows by the length"):
+        config_class(str(tmp_path), use_cpu=True, bf16=False, train_sampling_strategy="group_by_length")
+    assert (
+        config_class(
+            str(tmp_path), use_cpu=True, bf16=False, train_sampling_strategy="sequential"
+        ).train_sampling_strategy
+        == "sequential"
+    )

@@ -34,6 +34,7 @@ from trl_ift.study.judged import InferenceClientJudge
 from trl_ift.study.plan import Study
 from trl_ift.study.report import write_report
 from trl_ift.study.run import _record_failure, cell_folder, write_results
+from trl_ift.supervised.sft import PlainSFTConfig, PlainSFTTrainer
 
 
 ROOT = Path(__file__).parent.parent
@@ -424,16 +425,20 @@ def leaks(folder: Path) -> list[Path]:
     return [path for path in files if any(secret.encode() in path.read_bytes() for secret in SECRETS)]
 
 
-def test_a_training_writes_no_secrets(model_dir, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("config_class", "trainer_class"), [(IFTConfig, IFTTrainer), (PlainSFTConfig, PlainSFTTrainer)]
+)
+def test_a_training_writes_no_secrets(config_class, trainer_class, model_dir, tmp_path, monkeypatch):
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "run" / "logs"))
-    args = IFTConfig(
+    args = config_class(
         str(tmp_path / "run"), use_cpu=True, bf16=False, report_to="tensorboard", max_steps=1, save_steps=1, hub_token=TOKEN,
         run_name=f"run {TOKEN}", model_init_kwargs={"token": TOKEN, "proxies": {"https": ADDRESS}, "dtype": "float32"},
     )  # fmt: skip
-    trainer = IFTTrainer(model_dir, args, train_dataset=tiny.text_data())
+    trainer = trainer_class(model_dir, args, train_dataset=tiny.text_data())
     trainer.train()
     trainer.save_model()
-    trainer.create_model_card(dataset_name=f"{ADDRESS}/{TOKEN}")
+    if trainer_class is IFTTrainer:
+        trainer.create_model_card(dataset_name=f"{ADDRESS}/{TOKEN}")
     assert list((tmp_path / "run").rglob("events.out.tfevents*"))
     assert leaks(tmp_path / "run") == []
     # What the training itself uses is whole

@@ -23,6 +23,7 @@ from trl_ift.data.scoring import row_hash
 from trl_ift.data.selection import join_folds, write_selection
 from trl_ift.scripts import lobass
 from trl_ift.scripts.data import load_named
+from trl_ift.supervised import sft
 
 
 pytest.importorskip("matplotlib")
@@ -360,6 +361,8 @@ LORA = ["--use_peft", "--lora_target_modules", "all-linear", "--lora_r", "4"]
 @pytest.mark.parametrize("peft", [[], LORA], ids=["full", "lora"])
 def test_pipeline(peft, command, model_dir, monkeypatch, capsys):
     assert lobass.run([*command, *peft]) == 0, capsys.readouterr().err
+    assert list(Path("run").rglob("checkpoint-*"))
+    assert not list(Path("run").rglob("training_args.bin"))
     data = load_named("data.jsonl")["train"]
     initial, reference = load_scores("run/scores/initial"), load_scores("run/scores/reference")
     options = {"adapter": "run/reference"} if peft else {}
@@ -415,16 +418,14 @@ def test_cross_fit(peft, command, model_dir, capsys):
 
 
 def test_folds_are_trained_without_the_rows_they_score(command, monkeypatch):
-    import trl
-
     seen = []
 
-    class Spy(trl.SFTTrainer):
+    class Spy(sft.PlainSFTTrainer):
         def __init__(self, *args, **kwargs):
             seen.append(kwargs["train_dataset"]["source"])
             super().__init__(*args, **kwargs)
 
-    monkeypatch.setattr(trl, "SFTTrainer", Spy)
+    monkeypatch.setattr(sft, "PlainSFTTrainer", Spy)
     assert lobass.run([*command, "--cross_fit", "4", "--no_report", "--max_steps", "1"]) == 0
     held_out = [set(range(16)) - set(rows) for rows in seen]
     assert [len(rows) for rows in held_out] == [4] * 4

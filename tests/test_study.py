@@ -968,9 +968,24 @@ class TestExecutors:
         monkeypatch.setenv("NAME", "model")
         written = settings(inputs, "out", starts={"plain": {"model": "$NAME"}})
         written["data"] = {name: Path(path).name for name, path in written["data"].items()}
+        for folder in ("tiny", "add"):  # of the name of the study, and of a task
+            Path(folder).mkdir(exist_ok=True)
         study = Study(written)
         keys = [cell.key for cell in study.cells()]
+        # Files of a benchmark are known by their content, wherever they are named from
+        judged = {"judge": "replay", "questions": Path(inputs["train"]).name}
+        part = [
+            study.evaluation | {"judged": judged},
+            study.evaluation | {"judged": judged | {"questions": inputs["train"]}},
+        ]
+        found = []
+        for study.evaluation in part:
+            found.append(study.part_key("judged", study.starts["plain"]))
+        assert found[0] == found[1]
+        study.evaluation = part[0] | {"judged": judged | {"questions": Path(inputs["test"]).name}}
+        assert study.part_key("judged", study.starts["plain"]) != found[0]
         moved = study.absolute_settings()
+        assert (moved["name"], moved["evaluation"]["tasks"][0]["name"]) == ("tiny", "add")
         monkeypatch.chdir(tmp_path)
         monkeypatch.delenv("NAME")
         assert [cell.key for cell in Study(moved).cells()] == keys

@@ -379,3 +379,15 @@ def test_holm_adjusts_upwards_and_keeps_the_order():
 def test_verdict(low, high, p, better, said):
     value = 0.2 if low is None else (low + high) / 2
     assert verdict(Difference(value, low, high, p, 100, 3, "documents", better), p) == said
+
+
+def test_many_comparisons_of_a_plain_difference():
+    """Its p-value is small enough for the correction of any number of comparisons, and agrees with the interval."""
+    better, worse = runs(documents=400, shift=1.0, seed=1), runs(documents=400, seed=2)
+    found = paired_difference(better, worse)
+    assert found.p < 1e-6
+    assert holm([found.p] + [0.5] * 2000)[0] < 0.05
+    for shift in (0.05, 0.1, 0.15, 0.2, 0.25):
+        found = paired_difference(runs(shift=shift, seed=3), runs(seed=4))
+        if abs(found.p - 0.05) > 0.01:
+            assert (found.p < 0.05) == (not found.low <= 0 <= found.high)

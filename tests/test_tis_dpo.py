@@ -801,3 +801,11 @@ def test_study(tmp_path, tokenizer):
         assert cell["status"] == "done", cell["error"]
     costs = measure_costs(study)
     assert "tis-dpo" in str(costs)
+
+
+def test_a_dataset_without_rows(tmp_path, tokenizer):
+    with pytest.raises(ValueError, match="`train_dataset` is empty: it has no rows"):
+        make(
+            TISDPOTrainer, TISDPOConfig, tmp_path, tiny.model("llama", tokenizer), tiny.preference_data().select([]),
+            tokenizer,
+        )  # fmt: skip

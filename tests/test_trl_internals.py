@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import dis
 import inspect
+import json
 import re
 import subprocess
 import sys
@@ -20,7 +21,8 @@ from trl.trainer import dpo_trainer, kto_trainer
 from trl.trainer.utils import add_fused_lm_head
 
 import trl_ift
-from trl_ift import trl_internals
+from trl_ift import PreferenceConfig, PreferenceTrainer, trl_internals
+from trl_ift.stages import train_and_save
 from trl_ift.trl_internals import (
     TESTED_TRL,
     TRL_PAIR_LOSSES,
@@ -396,16 +398,17 @@ class TestDPO:
         assert (64, 50) in sizes
 
 
-def test_a_training_that_takes_no_step(tmp_path, tokenizer):
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_training_that_takes_no_step(stream, tmp_path, tokenizer):
     """Transformers takes one more step from the checkpoint of the last one, unless told not to."""
+
+    data = tiny.text_data().to_iterable_dataset() if stream else tiny.text_data()
 
     def trained():
         config = SFTConfig(
             str(tmp_path), use_cpu=True, bf16=False, report_to="none", disable_tqdm=True, max_steps=1, save_steps=1
         )
-        return SFTTrainer(
-            tiny.model("llama", tokenizer), config, train_dataset=tiny.text_data(), processing_class=tokenizer
-        )
+        return SFTTrainer(tiny.model("llama", tokenizer), config, train_dataset=data, processing_class=tokenizer)
 
     assert next(iter(inspect.signature(Trainer._run_epoch).parameters)) == "self"
     first, again = trained(), trained()
@@ -415,6 +418,33 @@ def test_a_training_that_takes_no_step(tmp_path, tokenizer):
     assert again.state.global_step == 1
     for name, value in first.model.state_dict().items():
         assert torch.equal(again.model.state_dict()[name], value), name
+
+
+def test_what_is_outstanding_at_the_end_of_a_stage_is_made_up_for(tmp_path, tokenizer):
+    """The log and the evaluation of the last epoch, of a training that was killed before them."""
+    data = tiny.preference_data()
+
+    def trainer():
+        args = PreferenceConfig(
+            str(tmp_path), use_cpu=True, bf16=False, report_to="none", disable_tqdm=True, max_steps=2, save_steps=1,
+            logging_strategy="epoch", eval_strategy="epoch", per_device_train_batch_size=4,
+        )  # fmt: skip
+        model = tiny.model("llama", tokenizer)
+        return PreferenceTrainer(model, args=args, train_dataset=data, eval_dataset=data, processing_class=tokenizer)
+
+    first, again = trainer(), trainer()
+    first.train()
+    assert [set(entry) & {"loss", "eval_loss"} for entry in first.state.log_history] == [
+        {"loss"},
+        {"eval_loss"},
+        set(),
+    ]
+    state = json.loads((tmp_path / "checkpoint-2" / "trainer_state.json").read_text())
+    assert state["log_history"] == []  # it was saved before
+    train_and_save(again, tmp_path, "the test")
+    for entry, expected in zip(again.state.log_history[:2], first.state.log_history[:2], strict=True):
+        for name in {"loss", "eval_loss", "step"} & set(expected):
+            assert entry[name] == expected[name]
 
 
 def test_without_weight_hashes(tokenizer):

@@ -47,10 +47,13 @@ from trl_ift import (
     checks,
     get_method,
 )
+from trl_ift.data import store_references
 from trl_ift.preference.collator import Column
+from trl_ift.preference.trainer import pair_ids, prompt_and_response_ids
 from trl_ift.trl_internals import DataCollatorForUnpairedPreference, LogProbFunction
 from trl_ift.unpaired import trainer as base
 from trl_ift.unpaired import ulma as ulma_module
+from trl_ift.unpaired.data import COLUMNS, UnpairedCollator
 from trl_ift.unpaired.trainer import UnpairedBatch, UnpairedConfig, UnpairedTrainer
 from trl_ift.unpaired.uft import uft_loss
 from trl_ift.unpaired.ulma import ulma_loss
@@ -279,6 +282,82 @@ def columns_of(name, number=6):
 @pytest.fixture(params=FORMULAS)
 def named_trainer(request, tmp_path, tokenizer):
     return request.param, trainer_of(request.param, tmp_path, tokenizer)
+
+
+@pytest.mark.parametrize("name", ["ulma", "uft labels"])
+def test_stored_reference_of_pairs(name, tmp_path, tokenizer):
+    """Log-probs that stand in a pair, one for each answer, are those of its two rows."""
+    pairs = [{"prompt": q, "chosen": a, "rejected": a[::-1] + "?"} for q, a in tiny.QUESTIONS[:3]]
+    live = trainer_of(name, tmp_path, tokenizer, pairs, ref_model=reference_of(tokenizer))
+    value, expected = loss_and_gradients(live)
+    scored = store_references(
+        reference_of(tokenizer), Dataset.from_list(pairs), tmp_path / "stored", processing_class=tokenizer,
+        max_length=live.args.max_length,
+    )  # fmt: skip
+    for data in (scored, scored.to_iterable_dataset()):
+        trainer = trainer_of(name, tmp_path, tokenizer, data, max_steps=1)
+        assert trainer.ref_model is None
+        assert len({row["ref_logps"] for row in trainer.train_dataset}) == 6
+        loss, found = loss_and_gradients(trainer)
+        assert loss == pytest.approx(value, rel=1e-5)
+        assert difference(found, expected) < 1e-4
+    with pytest.raises(
+        ValueError, match="`eval_dataset` lacks the column 'ref_logps' .of pairs 'ref_chosen_logps' and"
+    ):
+        trainer_of(name, tmp_path, tokenizer, scored, eval_dataset=Dataset.from_list(pairs))
+    with pytest.raises(ValueError, match="'ref_chosen_logps' but not the other one"):
+        trainer_of(name, tmp_path, tokenizer, [pair | {"ref_chosen_logps": -1.0} for pair in pairs])
+
+
+def test_stored_reference_of_other_tokens(tmp_path, tokenizer):
+    """As a pair, both answers begin where the tokens of one of them do; as single answers, each for itself."""
+
+    def lengths(rows):
+        return [[len(ids[f"{side}_ids"]) for side in ("chosen", "rejected")] for ids in rows]
+
+    rows = [
+        {"prompt": "Sayi", "chosen": "s two", "rejected": "! no"},
+        {"prompt": "Say:", "chosen": " a", "rejected": " b"},
+    ]
+    single = [
+        prompt_and_response_ids(rows[0], rows[0][side], tokenizer, "<|im_end|>")[1] for side in ("chosen", "rejected")
+    ]
+    assert lengths([pair_ids(rows[0], tokenizer, "<|im_end|>")])[0] != [len(ids) for ids in single]
+    stored = [row | {"ref_chosen_logps": -5.0, "ref_rejected_logps": -6.0} for row in rows]
+    for data in (stored, Dataset.from_list(stored).to_iterable_dataset()):
+        with pytest.raises(
+            ValueError, match="The column 'ref_.*_logps' is a sum over . tokens, and as a single response"
+        ):
+            trainer_of("ulma", tmp_path, tokenizer, data, max_steps=1).train()  # of a stream when a row is read
+    trainer = trainer_of("ulma", tmp_path, tokenizer, stored[1:])
+    assert sorted(trainer.train_dataset["ref_logps"]) == [-6.0, -5.0]
+
+
+def test_prepared_rows_are_prepared_once(tmp_path, tokenizer):
+    """Scores of pairs become those of the answers, and stay so when the rows are prepared again."""
+    pairs = [
+        {"prompt": q, "chosen": a, "rejected": " No.", "chosen_score": 0.4, "rejected_score": 0.1}
+        for q, a in tiny.QUESTIONS
+    ]
+    data = Dataset.from_list(pairs)
+    trainer = trainer_of("uft bce", tmp_path, tokenizer, data, eval_dataset=data, ref_model=reference_of(tokenizer))
+    expected = trainer.evaluate()
+    for given in (trainer.eval_dataset, trainer.train_dataset, data):
+        found = trainer.evaluate(given)
+        for name in ("eval_loss", "eval_rewards/rejected"):
+            assert found[name] == pytest.approx(expected[name], rel=1e-6)
+
+
+def test_evaluation_with_a_reference_of_other_tokens(tmp_path, tokenizer):
+    """Stored log-probs are compared with the options, though the training has none."""
+    rows = Dataset.from_list(rows_of("uft"))
+    scored = store_references(
+        reference_of(tokenizer), rows, tmp_path / "stored", processing_class=tokenizer, max_length=7
+    )
+    trainer = trainer_of("uft", tmp_path, tokenizer, rows)
+    for call in (trainer.evaluate, trainer.predict):
+        with pytest.raises(ValueError, match=r"were stored with `max_length=7` \(here 1024\)"):
+            call(scored)
 
 
 class TestOnTensors:
@@ -656,6 +735,17 @@ class TestData:
             ({"prompt": "Q", "chosen": " a", "rejected": " b", "label": True}, "has pairs .* and the column 'label'"),
             ({"prompt": "Q", "chosen": " a", "rejected": " b", "chosen_score": 1.0}, "but not the other one"),
             (
+                {
+                    "prompt": "Q",
+                    "chosen": " a",
+                    "rejected": " b",
+                    "prompt_ids": [5],
+                    "chosen_ids": [6],
+                    "rejected_ids": [7],
+                },
+                "has pairs that are tokenized .* Drop these columns",
+            ),
+            (
                 {"prompt": "Q", "chosen": " a", "rejected": " b", "ref_logps": -1.0},
                 "has pairs .* and the column 'ref_logps'",
             ),
@@ -684,9 +774,13 @@ class TestData:
             (
                 stored,
                 rows,
-                "`eval_dataset` lacks the column 'ref_logps' that .* Add it, or drop it there so that .* computes it",
+                "`eval_dataset` lacks the column 'ref_logps' .* that .* Add it, or drop it there so that .* computes it",
             ),
-            (rows, stored, "`eval_dataset` has the column 'ref_logps' and `train_dataset` lacks it, .* Add it there"),
+            (
+                rows,
+                stored,
+                "`eval_dataset` has the column 'ref_logps' .* and `train_dataset` lacks it, .* Add it there",
+            ),
         ):
             with pytest.raises(ValueError, match=message):
                 trainer_of("uft", tmp_path, tokenizer, train, eval_dataset=Dataset.from_list(other))
@@ -697,6 +791,19 @@ class TestData:
         collator = DataCollatorForUnpairedPreference(pad_token_id=tokenizer.pad_token_id)
         with pytest.raises(ValueError, match=r"`data_collator` \(DataCollator.*\) leaves out 'score'"):
             trainer_of("uft", tmp_path, tokenizer, data_collator=collator)
+        own = UnpairedCollator(pad_token_id=tokenizer.pad_token_id, columns=COLUMNS)
+        rows = [row | {"ref_logps": -5.0} for row in rows_of("uft")]
+
+        def without(rows):
+            return {key: value for key, value in own(rows).items() if key != "ref_logps"}
+
+        with pytest.raises(ValueError, match="leaves out 'ref_logps', which the loss reads"):
+            trainer_of("uft", tmp_path, tokenizer, rows, data_collator=without)
+
+    def test_a_reference_that_moves_and_one_that_is_stored(self, tmp_path, tokenizer):
+        rows = [row | {"ref_logps": -5.0} for row in rows_of("uft")]
+        with pytest.raises(ValueError, match="`sync_ref_model=True` moves the reference"):
+            trainer_of("uft", tmp_path, tokenizer, rows, sync_ref_model=True)
 
     def test_real_rows(self, tmp_path, tokenizer):
         """Answers of models to questions of TruthfulQA and GSM8K, with human labels or their correctness."""

@@ -1470,7 +1470,6 @@ def test_help_and_errors_of_the_command(command, model_dir, bert_dir, capsys, no
         (["--policy_hidden_state", "./none"], "none"),
         ([*policy, "--dataset_name", "./none.jsonl"], "does not exist"),
         ([*policy, "--dataset_split", "test"], "has no split 'test'"),
-        ([*policy, "--dataset_streaming"], "`dataset` is a IterableDataset; expected a `Dataset`"),
         ([*policy, "--output_dir", "data.jsonl"], "`output_dir='data.jsonl'` is a file"),
         ([*policy, "--config", "none.yaml"], "none.yaml"),
     ):

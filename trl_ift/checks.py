@@ -18,7 +18,7 @@ from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from transformers.utils import logging
 
-from .data.rows import check_texts
+from .data.rows import check_texts, first_row
 
 
 # One of these makes a local model folder usable without `processing_class`
@@ -167,8 +167,8 @@ def check_sft_dataset(
         formatted: Whether a `formatting_func` will build the text, so that any columns do.
         every_row: Whether the texts of all rows are read; not by tools that name a bad row when they come to it.
     """
-    row = next(iter(dataset), None)
-    if row is None:
+    row = first_row(dataset)
+    if not row:
         raise ValueError(f"`{name}` is empty: it has no rows. Check the split, and any filter applied before.")
     if "image" in row or "images" in row:
         raise ValueError(
@@ -239,8 +239,8 @@ def check_preference_dataset(
         columns: `Column`s of numbers that the method reads.
         branches: `Branch`es whose text column must be there.
     """
-    row = next(iter(dataset), None)
-    if row is None:
+    row = first_row(dataset)
+    if not row:
         raise ValueError(f"`{name}` is empty: it has no rows. Check the split, and any filter applied before.")
     if "image" in row or "images" in row:
         raise ValueError(
@@ -262,7 +262,7 @@ def check_preference_dataset(
                 "'prompt', 'chosen' and 'rejected' (or all three as token ids: 'prompt_ids', 'chosen_ids', 'rejected_ids'). "
                 "Rename your columns."
             )
-        texts = {column: row[column] for column in ("prompt", "chosen", "rejected") if column in row}
+        texts: dict[str, Any] = {column: row[column] for column in ("prompt", "chosen", "rejected") if column in row}
         _check_same_kind(texts, name)
         check_texts(dataset, name, list(texts))
     for branch in branches:
@@ -308,7 +308,7 @@ def check_collator(collator: Any, dataset: Any, keys: Mapping[str, str], ours: t
         keys: Columns that the loss reads, where a dataset has them, and the keys of a batch that they become.
         ours: Class from which it could be derived.
     """
-    row = next(iter(dataset))
+    row = first_row(dataset)
     batch = collator([row])
     if lost := [column for column, key in keys.items() if column in row and key not in batch]:
         raise ValueError(

@@ -28,7 +28,7 @@ from transformers.utils import PushInProgress, logging
 from trl import is_conversational
 
 from .checks import WEIGHT_FILES, check_model_source, check_output_dir, check_quantization, resolve_checkpoint
-from .data.rows import check_written, naming_the_row
+from .data.rows import check_written, first_row, naming_the_row
 from .hub.card import build_model_card, is_hub_id, library_versions
 from .redaction import redacted
 from .registry import get_method
@@ -54,8 +54,29 @@ _MODEL_FILES = (
 logger = logging.get_logger(__name__)
 
 
+class RedactedConfig:
+    """Mixin for configs, before the class of TRL or transformers: what trackers log of them has no tokens and passwords."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in transformers, without tokens and passwords in dictionaries of options either: trackers log it."""
+        return redacted(super().to_dict())  # type: ignore[misc]
+
+
+class SaveWithoutArguments(_Trainer):
+    """Mixin for trainers: saves weights without `training_args.bin`, a pickle with `hub_token` in clear that nothing reads."""
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        token, self.args.hub_token = self.args.hub_token, None
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            self.args.hub_token = token
+        if self.args.should_save:
+            (Path(output_dir or self.args.output_dir) / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+
+
 @dataclass
-class ExtensionConfig:
+class ExtensionConfig(RedactedConfig):
     """Options shared by the configs of all methods.
 
     Parameters:
@@ -83,12 +104,8 @@ class ExtensionConfig:
     # Options that change how fast a run is, not what it gives. (No metadata of the fields: those are argparse's arguments.)
     same_result: ClassVar[tuple[str, ...]] = ()
 
-    def to_dict(self) -> dict[str, Any]:
-        """As in transformers, without tokens and passwords in dictionaries of options either: trackers log it."""
-        return redacted(super().to_dict())  # type: ignore[misc]
 
-
-class ExtensionTrainer(_Trainer):
+class ExtensionTrainer(SaveWithoutArguments):
     """Mixin for subclasses of TRL trainers; stands before the TRL class in the bases.
 
     Attributes:
@@ -141,7 +158,7 @@ class ExtensionTrainer(_Trainer):
     @contextmanager
     def _naming_rows(self, dataset: Any, name: str, processing_class: Any) -> Iterator[None]:
         """Around the preparation of a dataset: checks what the tokenizer makes of its rows; names one that it cannot read."""
-        row: dict[str, Any] = next(iter(dataset), {})
+        row = first_row(dataset)
         found = [names for names in self._trained_texts if all(row.get(name) is not None for name in names)]
         columns = ["prompt"] * (row.get("prompt") is not None and found[:1] != [("messages",)]) + list(*found[:1])
         if columns == ["messages"] and not is_conversational(row):  # TRL drops the column
@@ -409,7 +426,7 @@ class ExtensionTrainer(_Trainer):
         results = dict(self.__dict__.get("_eval_results", {}))
         found: dict[str, float] = {}
         for entry in self.state.log_history:
-            found |= {key: value for key, value in entry.items() if re.fullmatch(r"eval_(\w+_)?loss", key)}
+            found |= {key: value for key, value in entry.items() if re.fullmatch(r"eval_([^/]+_)?loss", key)}
         for name in ("eval_aux_loss", "eval_nll_loss"):  # parts of the loss, not of other datasets
             found.pop(name, None)
         for key, value in found.items():
@@ -515,16 +532,10 @@ class ExtensionTrainer(_Trainer):
     # ---------------------------------------------------------------- saving and pushing
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        # transformers writes `training_args.bin` here, a pickle with `hub_token` in clear that nothing reads
-        token, self.args.hub_token = self.args.hub_token, None
-        try:
-            super()._save(output_dir, state_dict)
-        finally:
-            self.args.hub_token = token
+        super()._save(output_dir, state_dict)
         if not self.args.should_save:
             return
         folder = Path(output_dir or self.args.output_dir)
-        (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
         path = folder / "adapter_config.json"
         if self.args.hub_base_model and path.is_file():
             # The adapter of a local copy is loaded elsewhere from the Hub's base

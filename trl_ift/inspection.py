@@ -25,13 +25,15 @@ from transformers.trainer_utils import IntervalStrategy
 from trl import RewardTrainer, SFTTrainer
 
 from .data.inference import load_tokenizer
+from .data.rows import first_row
 from .memory import (
+    UNKNOWN_SHAPE,
     Batch,
     MemoryEstimate,
     checkpoint_bytes,
+    decide_checkpointing,
     estimate_memory,
-    fits_without_checkpointing,
-    free_memory,
+    estimate_resident,
     has_pair_mask,
     savings,
 )
@@ -116,8 +118,14 @@ def inspect_training(trainer_class: Any, *, rows: int = 3, load_model: bool = Tr
             for module in arguments["model"].modules():
                 forget_fused_head(module)
         set_seed(wanted.seed)
-        with without_weight_hashes():
-            trainer = _dry(trainer_class, load_model)(**arguments)
+        try:
+            with without_weight_hashes():
+                trainer = _dry(trainer_class, load_model)(**arguments)
+        except torch.OutOfMemoryError as error:
+            raise ValueError(
+                f"The model does not fit into the memory: {error} Check without its weights (`load_model=False`, in the "
+                "command `--no_model`) for an estimate of what it needs."
+            ) from error
         found = Inspection(trainer.method)
         found.reference = _reference(trainer, arguments)
         full = _untruncated(trainer)
@@ -145,7 +153,7 @@ def inspect_training(trainer_class: Any, *, rows: int = 3, load_model: bool = Tr
             found.loss = {"measured": None, "known": None, "reason": "the model was not loaded"}
         _check_positions(found)
     found.warnings = list(dict.fromkeys(warnings))
-    found.data["dropped"] = _dropped(found, full)
+    found.data["dropped"] = _dropped(found)
     return found
 
 
@@ -237,14 +245,27 @@ def _captured_warnings() -> Iterator[list[str]]:
 def _untruncated(trainer: Any) -> list[dict[str, Any]] | Dataset:
     """The prepared rows with all their tokens; the first ones of a stream."""
     dataset = trainer.train_dataset
-    if isinstance(trainer, SFTTrainer):  # which cuts its rows when it prepares them
+    if _skips_preparation(trainer):
+        if "input_ids" not in first_row(dataset):
+            raise ValueError(
+                "`skip_prepare_dataset=True`: the rows have no 'input_ids', so that what a collator of your own makes of them "
+                "cannot be shown. Tokenize them, or drop the option for the check."
+            )
+    elif isinstance(trainer, SFTTrainer):  # which cuts its rows when it prepares them
         args = copy.copy(trainer.args)
         args.max_length = None
         given = trainer.given_dataset
         given = given if isinstance(given, Dataset) else given.take(STREAM_ROWS)
         # Under another name, by which the given data are not remembered anew
-        dataset = trainer._prepare_dataset(given, trainer.processing_class, args, False, None, "whole train")
+        dataset = trainer._prepare_dataset(
+            given, trainer.processing_class, args, False, trainer._formatting_func, "whole train"
+        )
     return dataset.with_format(None) if isinstance(dataset, Dataset) else list(islice(dataset, STREAM_ROWS))
+
+
+def _skips_preparation(trainer: Any) -> bool:
+    """Whether an SFT trainer takes its rows as they are."""
+    return bool((getattr(trainer.args, "dataset_kwargs", None) or {}).get("skip_prepare_dataset"))
 
 
 def _columns(trainer: Any) -> tuple[Any, ...]:
@@ -260,7 +281,8 @@ def _shown(trainer: Any, full: Any, number: int) -> list[list[dict[str, Any]]]:
         whole = responses_of(row)
         if isinstance(trainer, SFTTrainer):
             window = _window(trainer)
-            row = {name: row[name][window] for name in ("input_ids", "labels")}
+            names = [name for name in ("input_ids", "labels", "completion_mask", "assistant_masks") if name in row]
+            row = {name: row[name][window] for name in names}
             if trainer.args.packing or trainer.args.padding_free:
                 row["seq_lengths"] = [len(row["input_ids"])]
         (sequences,) = sequences_of(trainer.data_collator([row]), _columns(trainer))
@@ -272,7 +294,7 @@ def _limit(trainer: Any) -> int | None:
     """Number of tokens behind which a row is cut. Packing cuts with its strategy `"bfd"` only, the others lose no token."""
     args = trainer.args
     packed = getattr(args, "packing", False) and args.packing_strategy != "bfd"
-    return None if packed else getattr(args, "max_length", None)
+    return None if packed or _skips_preparation(trainer) else getattr(args, "max_length", None)
 
 
 def _window(trainer: Any) -> slice:
@@ -317,7 +339,7 @@ def _data(trainer: Any, full: Any, given: Any) -> tuple[dict[str, Any], Batch, A
     found = {
         "eval_rows": sum(len(part) for part in parts if isinstance(part, Dataset)),
         "rows": len(given) if isinstance(given, Dataset) else None,
-        "kept": len(full) if isinstance(full, Dataset) else None,
+        "kept": _kept(trainer, full),
         "looked_at": len(full),
         "truncated": truncated / max(len(full), 1),
         "lengths": quantiles,
@@ -330,6 +352,14 @@ def _data(trainer: Any, full: Any, given: Any) -> tuple[dict[str, Any], Batch, A
         "duplicates": len(full) - len(seen),
     }
     return found, largest, first
+
+
+def _kept(trainer: Any, full: Any) -> int | None:
+    """Number of rows that are trained on; `None` for a stream."""
+    if not isinstance(full, Dataset):
+        return None
+    # SFT drops the rows of which truncation leaves nothing to train
+    return len(full) if getattr(trainer.args, "packing", False) else len(trainer.train_dataset)
 
 
 def _mask_places(trainer: Any, examples: list[list[Sequence]]) -> int:
@@ -345,14 +375,14 @@ def _mask_places(trainer: Any, examples: list[list[Sequence]]) -> int:
     return len(examples) * longest**2
 
 
-def _dropped(found: Inspection, full: Any) -> dict[str, Any]:
+def _dropped(found: Inspection) -> dict[str, Any]:
     """How many rows are not trained on, and what the trainer says of them."""
     why = [message for message in found.warnings if re.match(r"Dropped \d+ of \d+ ", message)]
     of_training = [message for message in why if " the train dataset" in message]
     number = sum(int(re.findall(r"\d+", message)[0]) for message in of_training)
-    rows = found.data["rows"]
-    if not of_training and rows is not None and not found.data["partial"] and len(full) < rows:
-        number, why = rows - len(full), [*why, "without a token to train on after truncation"]
+    rows, kept = found.data["rows"], found.data["kept"]
+    if not of_training and None not in (rows, kept) and not found.data["partial"] and kept < rows:
+        number, why = rows - kept, [*why, "without a token to train on after truncation"]
     return {"number": number, "why": why}
 
 
@@ -485,7 +515,11 @@ def _costs(
 ) -> tuple[dict[str, Any], dict[str, Any]]:  # fmt: skip
     args, model = trainer.args, trainer.model
     bits = next((b for b in (4, 8) if getattr(quantization, f"load_in_{b}bit", False)), None)
-    estimate = estimate_memory(model, args, largest, copied, None if loaded else bits)
+    bits = None if loaded else bits
+    try:
+        estimate, unknown = estimate_memory(model, args, largest, copied, bits), None
+    except UNKNOWN_SHAPE as error:
+        estimate, unknown = estimate_resident(model, args, copied, bits), str(error)
     loader = trainer.get_train_dataloader()
     _, steps_per_epoch, _, _, batch_size, _, max_steps = trainer.set_initial_training_values(args, loader)
     if data["partial"]:  # the trainer has a part of the rows
@@ -517,25 +551,26 @@ def _costs(
         "parts": estimate.parts(),
         "total": estimate.total,
         "available": _available(args.device),
-        "would_save": [list(pair) for pair in savings(model, args, largest, copied, estimate)],
-        "without_checkpointing": _without_checkpointing(model, args, largest, estimate, loaded),
+        "unknown": unknown,
+        "would_save": [],
+        "without_checkpointing": None,
     }
+    if unknown is None:
+        memory["would_save"] = [list(pair) for pair in savings(model, args, largest, copied, estimate, bits)]
+        memory["without_checkpointing"] = _without_checkpointing(trainer, largest, estimate, loaded)
     return plan, memory
 
 
 def _without_checkpointing(
-    model: Any, args: Any, largest: Batch, estimate: MemoryEstimate, loaded: bool
+    trainer: Any, largest: Batch, estimate: MemoryEstimate, loaded: bool
 ) -> dict[str, Any] | None:
-    """The estimate for activations that are kept, and whether that fits now; `None` if they are kept."""
-    if not args.gradient_checkpointing:
+    """The estimate for activations that are kept, and whether a training command would keep them; `None` if they are kept."""
+    if not trainer.args.gradient_checkpointing:
         return None
-    kept = copy.copy(args)
+    kept = copy.copy(trainer.args)
     kept.gradient_checkpointing = False
-    activations = estimate_memory(model, kept, largest).activations
-    free, fits = free_memory(args.device), None
-    if free is not None:  # weights that are not there yet will be
-        free -= 0 if loaded else estimate.weights
-        fits = fits_without_checkpointing(model, args, largest, free)[0]
+    activations = estimate_memory(trainer.model, kept, largest).activations
+    fits, _ = decide_checkpointing(trainer, coming=0 if loaded else estimate.weights)
     return {"total": estimate.total - estimate.activations + activations, "fits": fits}
 
 

@@ -41,6 +41,8 @@ _QUANTIZED_BYTES = {4: 0.5625, 8: 1.0}
 CHECKPOINTING_OPTIONS = ("gradient_checkpointing", "activation_checkpointing")
 # How far the measured peak may lie above the estimate
 _MARGIN = 2
+# What reading the shape of an architecture with other names, or numbers of another kind, raises
+UNKNOWN_SHAPE = (AttributeError, TypeError)
 # Probabilities kept by the head on a CPU, and logits of a tile there and elsewhere
 _KEPT_ON_CPU, _TILE_ON_CPU, _TILE = 2**26, 2**23, 2**26
 
@@ -73,6 +75,7 @@ class Shape:
         text = config.get_text_config()
         hidden, heads = text.hidden_size, text.num_attention_heads
         intermediate = getattr(text, "intermediate_size", None) or 4 * hidden
+        intermediate = max(intermediate) if isinstance(intermediate, list | tuple) else intermediate  # of each layer
         if (experts := getattr(text, "num_experts_per_tok", None)) is not None:
             intermediate = experts * (getattr(text, "moe_intermediate_size", None) or intermediate)
         return cls(
@@ -134,6 +137,9 @@ def estimate_memory(
 ) -> MemoryEstimate:
     """Estimate the memory of a training.
 
+    Raises:
+        AttributeError, TypeError: The config of the model does not say what its activations depend on (`UNKNOWN_SHAPE`).
+
     Args:
         model: The model that is trained, with its adapter; on the device "meta" too.
         args: Config of the trainer: precision, optimizer and checkpointing are read.
@@ -142,31 +148,46 @@ def estimate_memory(
         quantized_bits: Bits of the linear layers, for a model on "meta" that will be loaded quantized.
         on_cpu: Whether it is trained on a CPU; by default what `args` say.
     """
+    shape = Shape.of(model.config)
+    base_dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    width = 2 if args.bf16 or args.fp16 or base_dtype.itemsize == 2 else 4
+    on_cpu = args.device.type == "cpu" if on_cpu is None else on_cpu
+    return replace(
+        estimate_resident(model, args, reference_copy, quantized_bits),
+        activations=activation_bytes(shape, batch, width, bool(args.gradient_checkpointing)),
+        head=head_bytes(shape, batch, width, on_cpu, trained_head=not is_peft_model(model)),
+    )
+
+
+def estimate_resident(
+    model: torch.nn.Module, args: Any, reference_copy: bool = False, quantized_bits: int | None = None
+) -> MemoryEstimate:
+    """The part of `estimate_memory` that does not depend on a batch: without activations and head."""
     adapted = is_peft_model(model)
     trained = [p for p in model.parameters() if p.requires_grad]
     own = {id(p) for p in trained} if adapted else set()
-    weights = sum(weight_bytes(p, quantized_bits) for p in model.parameters() if id(p) not in own)
+    ends = [module for module in (model.get_input_embeddings(), model.get_output_embeddings()) if module is not None]
+    whole = {id(module.weight) for module in ends}  # bitsandbytes leaves them as they are
+    bits = {id(p): None if id(p) in whole or p.dim() != 2 else quantized_bits for p in model.parameters()}
+    weights = sum(weight_bytes(p, bits[id(p)]) for p in model.parameters() if id(p) not in own)
     gradients = sum(p.numel() * p.element_size() for p in trained)
     half = args.bf16 or args.fp16
-    cast = sum(2 * p.numel() for p in model.parameters() if half and p.dtype == torch.float32 and p.dim() > 1)
-    shape = Shape.of(model.config)
-    base_dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    width = 2 if half or base_dtype.itemsize == 2 else 4
-    on_cpu = args.device.type == "cpu" if on_cpu is None else on_cpu
+    matrices = [p for p in model.parameters() if p.dim() > 1 and p.dtype == torch.float32 and bits[id(p)] is None]
+    cast = sum(2 * p.numel() for p in matrices) if half else 0
     return MemoryEstimate(
         weights=weights + cast,
         adapter=gradients if adapted else 0,
         gradients=gradients,
         optimizer=optimizer_bytes(args.optim, gradients, sum(p.numel() for p in trained)),
         reference=weights if reference_copy else 0,
-        activations=activation_bytes(shape, batch, width, bool(args.gradient_checkpointing)),
-        head=head_bytes(shape, batch, width, on_cpu, trained_head=not adapted),
+        activations=0,
+        head=0,
     )
 
 
 def weight_bytes(parameter: torch.Tensor, quantized_bits: int | None = None) -> int:
-    """Bytes of a parameter; of a matrix that will be quantized, those of its bits."""
-    if quantized_bits is not None and parameter.dim() == 2 and parameter.device.type == "meta":
+    """Bytes of a parameter; of one on "meta" that will be quantized, those of its bits."""
+    if quantized_bits is not None and parameter.device.type == "meta":
         return int(parameter.numel() * _QUANTIZED_BYTES[quantized_bits])
     return parameter.numel() * parameter.element_size()
 
@@ -280,35 +301,56 @@ def choose_checkpointing(trainer: Any) -> str:
     TRL's default is on, and computes the forward pass of each layer twice: about a third more time. The gradients are the
     same. For a trainer that is about to train.
     """
+    fits, sentence = decide_checkpointing(trainer)
+    if fits:
+        for name in CHECKPOINTING_OPTIONS:
+            if hasattr(trainer.args, name):
+                setattr(trainer.args, name, False)
+    return sentence
+
+
+def decide_checkpointing(trainer: Any, coming: int = 0) -> tuple[bool | None, str]:
+    """Whether a training fits without gradient checkpointing, `None` if that is not known, and a sentence for its log.
+
+    Args:
+        trainer: A trainer that is about to train.
+        coming: Bytes of weights that are not in memory yet.
+    """
     args, accelerator = trainer.args, trainer.accelerator
     if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
-        return "Gradient checkpointing is on, as in TRL: with sharded weights the memory is not estimated."
+        return None, "Gradient checkpointing is on, as in TRL: with sharded weights the memory is not estimated."
     batch, free = largest_batch(trainer), free_memory(args.device)
     if batch is None or free is None:
         unknown = "`max_length`" if batch is None else f"free memory of a device of type {args.device.type!r}"
-        return f"Gradient checkpointing is on, as in TRL: there is no {unknown} to choose by."
+        return None, f"Gradient checkpointing is on, as in TRL: there is no {unknown} to choose by."
+    free -= coming
     if args.device.type == "cpu":
         free //= accelerator.num_processes  # of this machine; more of them share less
     try:
         fits, needed = fits_without_checkpointing(trainer.model, args, batch, free)
-    except AttributeError as error:  # an architecture with other names
-        return f"Gradient checkpointing is on, as in TRL: the memory of this model cannot be estimated ({error})."
+    except UNKNOWN_SHAPE as error:
+        return (
+            None,
+            f"Gradient checkpointing is on, as in TRL: the memory of this model cannot be estimated ({error}).",
+        )
     fits = bool(accelerator.gather(torch.tensor([fits], device=args.device)).all())  # the same for all processes
     sizes = f"an estimated {needed / 2**30:.2g} GiB beside the weights, {free / 2**30:.2g} GiB are free"
-    if not fits:
-        return (
-            f"Gradient checkpointing is on: without it the training takes {sizes} (`--gradient_checkpointing false`)."
-        )
-    for name in CHECKPOINTING_OPTIONS:
-        if hasattr(args, name):
-            setattr(args, name, False)
-    return f"Gradient checkpointing is off: the training takes {sizes} (`--gradient_checkpointing true`)."
+    if fits:
+        return True, f"Gradient checkpointing is off: the training takes {sizes} (`--gradient_checkpointing true`)."
+    return False, (
+        f"Gradient checkpointing is on: without it the training takes {sizes} (`--gradient_checkpointing false`)."
+    )
 
 
 def savings(
-    model: torch.nn.Module, args: Any, batch: Batch, reference_copy: bool, estimate: MemoryEstimate
+    model: torch.nn.Module,
+    args: Any,
+    batch: Batch,
+    reference_copy: bool,
+    estimate: MemoryEstimate,
+    quantized_bits: int | None = None,
 ) -> list[tuple[str, int]]:
-    """What would lower the estimate, as (change, bytes), the largest first."""
+    """What would lower the estimate, as (change, bytes), the largest first; arguments as of `estimate_memory`."""
     shape, found = Shape.of(model.config), []
     width = 2 if args.bf16 or args.fp16 or model.dtype.itemsize == 2 else 4
     if reference_copy:
@@ -327,7 +369,7 @@ def savings(
                 estimate.gradients + estimate.optimizer + estimate.reference,
             )
         )
-    elif not any(getattr(model, f"is_loaded_in_{bits}bit", False) for bits in _QUANTIZED_BYTES):
+    elif quantized_bits is None and not any(getattr(model, f"is_loaded_in_{b}bit", False) for b in _QUANTIZED_BYTES):
         matrices = [p for p in model.parameters() if p.dim() == 2 and not p.requires_grad]
         saved = sum(int(p.numel() * (p.element_size() - _QUANTIZED_BYTES[4])) for p in matrices)
         found.append(("`load_in_4bit`: weights of 4 bits under the adapter", saved))

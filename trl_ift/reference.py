@@ -21,6 +21,7 @@ from transformers.utils import logging
 from .checks import named_datasets
 from .data.fingerprint import differs_from_source
 from .data.inference import load_tokenizer, tokenizer_digest
+from .data.rows import first_row
 from .extension import ExtensionTrainer
 from .hub.card import library_versions
 from .trl_internals import NoReference, forget_fused_head, get_config_model_id, share_cache_folder
@@ -71,7 +72,12 @@ class ReferenceTrainer(ExtensionTrainer):
         """Check all datasets; return whether they bring reference log-probabilities."""
         named = named_datasets(train_dataset, eval_dataset)
         columns, them, _ = self._ref_words
-        stored = self.uses_reference and self.ref_columns[0] in next(iter(train_dataset), {})
+        stored = self.uses_reference and self._has_reference(train_dataset)
+        if stored and args.sync_ref_model:
+            raise ValueError(
+                f"`sync_ref_model=True` moves the reference during training, and the {columns} hold log-probabilities of one "
+                f"that stays. Drop {them}, or the option."
+            )
         for name, dataset in named.items():
             self._check_dataset(args, dataset, name, stored)
             if args.precompute_ref_log_probs and not stored and isinstance(dataset, IterableDataset):
@@ -79,16 +85,20 @@ class ReferenceTrainer(ExtensionTrainer):
                     f"`precompute_ref_log_probs=True` is not supported with IterableDataset, and `{name}` is one. Pass a "
                     f"`Dataset`, add the {columns}, or set `precompute_ref_log_probs=False`."
                 )
-            if self.uses_reference and not stored and self.ref_columns[0] in next(iter(dataset)):
+            if self.uses_reference and not stored and self._has_reference(dataset):
                 raise ValueError(
                     f"`{name}` has the {columns} and `train_dataset` lacks {them}, so that the two would be compared with "
                     f"different references. Add {them} there, or drop {them} here."
                 )
         return stored
 
+    def _has_reference(self, dataset: Any) -> bool:
+        """Whether the rows of a dataset, prepared or not, bring reference log-probabilities."""
+        return self.ref_columns[0] in first_row(dataset)
+
     def _check_dataset(self, args: Any, dataset: Any, name: str, stored: bool) -> None:
         """Check one dataset that is not empty; extended by subclasses."""
-        if stored and self.ref_columns[0] not in next(iter(dataset)):
+        if stored and not self._has_reference(dataset):
             columns, them, _ = self._ref_words
             raise ValueError(
                 f"`{name}` lacks the {columns} that `train_dataset` has. Add {them}, or drop {them} there so that the trainer "
@@ -135,7 +145,7 @@ class ReferenceTrainer(ExtensionTrainer):
         return [self.args.max_length, self.args.bf16, self.args.fp16]
 
     def _precompute_ref_logps(self, dataset, name, batch_size):
-        if not self.uses_reference or set(self.ref_columns) <= set(next(iter(dataset))):
+        if not self.uses_reference or set(self.ref_columns) <= set(first_row(dataset)):
             return dataset
         if self._stored_reference:
             columns, them, they_were = self._ref_words
@@ -247,21 +257,20 @@ class ReferenceTrainer(ExtensionTrainer):
             named = eval_dataset if isinstance(eval_dataset, dict) else {metric_key_prefix: eval_dataset}
             for name, dataset in named.items():
                 self._check_dataset(self.args, dataset, f"{name} dataset", self._stored_reference)
-            stored = all(self.ref_columns[0] in next(iter(dataset)) for dataset in named.values())
-            if self._stored_reference:
-                named = {"train_dataset": self.train_dataset} | {f"{n} dataset": data for n, data in named.items()}
-                check_ref_settings(self.args, named, self.model, self.processing_class)
+            stored = all(self._has_reference(dataset) for dataset in named.values())
+            known = {"train_dataset": self.train_dataset} if self._stored_reference else {}
+            named = known | {f"{name} dataset": data for name, data in named.items()}
+            check_ref_settings(self.args, named, self.model, self.processing_class)
         with self._reference_in_batch(self.precompute_ref_logps and not stored):  # TRL has none to compute
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     def predict(self, test_dataset, ignore_keys=None, metric_key_prefix="test"):
         """As in transformers; the dataset is prepared as `evaluate` prepares it."""
         self._check_dataset(self.args, test_dataset, "test_dataset", self._stored_reference)
-        if self._stored_reference:
-            named = {"train_dataset": self.train_dataset, "test_dataset": test_dataset}
-            check_ref_settings(self.args, named, self.model, self.processing_class)
+        known = {"train_dataset": self.train_dataset} if self._stored_reference else {}
+        check_ref_settings(self.args, known | {"test_dataset": test_dataset}, self.model, self.processing_class)
         test_dataset = self._prepare_dataset(test_dataset, self.processing_class, self.args, metric_key_prefix)
-        if self.precompute_ref_logps and self.ref_columns[0] not in next(iter(test_dataset)):
+        if self.precompute_ref_logps and self.ref_columns[0] not in first_row(test_dataset):
             if self.ref_model is None and not is_peft_model(self.model) and self.state.global_step > 0:
                 raise ValueError(
                     "Cannot compute reference log-probs for a dataset passed to `predict()` after training has started: "
@@ -289,7 +298,7 @@ def check_ref_settings(args: Any, datasets: Mapping[str, Any], model: Any, proce
     expected: dict[str, Any] = {}
     references: dict[str, str] = {}
     for name, dataset in datasets.items():
-        first: dict[str, Any] = next(iter(dataset), {})
+        first = first_row(dataset)
         if REF_SETTINGS not in first:
             continue
         if not expected:

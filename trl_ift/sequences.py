@@ -51,8 +51,11 @@ def sequences_of(batch: dict[str, Any], columns: Iterable[Any] = ()) -> list[lis
     if "labels" in batch:
         kind, trained = "text", batch["labels"] != -100
         if "attention_mask" not in batch:  # rows one after the other, without padding
-            starts = (batch["position_ids"][0] == 0).nonzero().flatten().tolist()
-            slices = [slice(start, end) for start, end in zip(starts, [*starts[1:], ids.size(1)], strict=True)]
+            positions = batch["position_ids"][0]
+            places = positions.nonzero().flatten().tolist()
+            end = places[-1] + 1 if places else 1  # behind it is padding, at position 0 too
+            starts = (positions[:end] == 0).nonzero().flatten().tolist()
+            slices = [slice(start, stop) for start, stop in zip(starts, [*starts[1:], end], strict=True)]
             return [[Sequence(kind, ids[0][part].tolist(), _targets(trained[0][part]))] for part in slices]
     elif "completion_mask" in batch:
         kind, trained = "completion" if "label" in batch else "pair", batch["completion_mask"] != 0

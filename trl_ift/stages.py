@@ -15,7 +15,7 @@ from .redaction import redacted
 
 # Options of a training that may change when a run goes on: they do not change its result
 _MAY_CHANGE = re.compile(
-    "output_dir|.*logging.*|log_.*|report_to|run_name|project|trackio.*|disable_tqdm|save_.*|eval_.*|.*_eval_.*|do_.*|push_.*"
+    "output_dir|.*logging.*|log_level.*|log_on_each_node|report_to|run_name|project|trackio.*|disable_tqdm|save_.*|eval_.*|.*_eval_.*|do_.*|push_.*"
     "|hub_.*|dataloader_num_workers|dataloader_pin_memory|dataloader_p.*|dataset_num_proc|overwrite_.*|resume_from_checkpoint"
     "|use_cpu|ddp_timeout|.*local_rank|gradient_checkpointing.*|activation_checkpointing.*|torch_compile.*|debug|deepspeed"
 )
@@ -121,13 +121,16 @@ def train_and_save(trainer: Any, folder: Path, what: str) -> dict[str, Any]:
     from transformers.trainer import TRAINER_STATE_NAME
 
     from .checks import WEIGHT_FILES
+    from .extension import ExtensionTrainer
     from .scripts.train import INPUT_ERRORS
     from .trl_internals import take_no_step
 
     if (last := last_checkpoint(folder, trainer.args.world_size)) is not None:
         say(f"Going on from {last.name}.")
-        if (state := TrainerState.load_from_json(str(last / TRAINER_STATE_NAME))).global_step >= state.max_steps:
-            take_no_step(trainer)  # at its end: one more would be taken
+        state = TrainerState.load_from_json(str(last / TRAINER_STATE_NAME))
+        # At its end one more would be taken; our trainers take none, and do what is outstanding
+        if state.global_step >= state.max_steps and not isinstance(trainer, ExtensionTrainer):
+            take_no_step(trainer)
     try:
         trainer.train(resume_from_checkpoint=None if last is None else str(last))
     except INPUT_ERRORS as error:

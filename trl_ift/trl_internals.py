@@ -547,7 +547,8 @@ def share_cache_folder(dataset: Dataset) -> None:
 
 def take_no_step(trainer: Trainer) -> None:
     """Let `trainer.train` load its checkpoint and end, for one at its last step: transformers would take one more."""
-    trainer._run_epoch = lambda **_: None
+    # Else the loop over the epochs of a stream, which has no last one, would not end
+    trainer._run_epoch = lambda **_: setattr(trainer.control, "should_training_stop", True)
 
 
 def forget_fused_head(model: torch.nn.Module) -> None:

@@ -29,9 +29,10 @@ ELSEWHERE = {
     "CONTRIBUTING.md": "extending.md",
     "benchmarks/README.md": "benchmarks.md",
     "benchmarks/study/README.md": "benchmarks_study.md",
+    "benchmarks/study/report.md": "benchmarks_study_report.md",
     "examples/README.md": "examples.md",
 }
-_SOURCES = ("examples/*.py", "benchmarks/*.py", "benchmarks/study/*.yaml")
+_SOURCES = ("examples/*.py", "benchmarks/*.py", "benchmarks/study/*.yaml", "benchmarks/study/*.png")
 _FONT = "STIXTwoMath-Regular.ttf"
 _INCLUDE = re.compile(r"<!-- include: (\S+) -->")
 _LINK = re.compile(r"(?<=\[)([^\[\]]*)\]\((?!https?://|mailto:|#)([^)#\s]+)")

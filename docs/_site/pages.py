@@ -66,7 +66,12 @@ GUIDES = {
         "merging.md": "Merging adapters",
         "metrics.md": "Metrics",
     },
-    "Comparing": {"study.md": "The study", "benchmarks.md": "Benchmarks", "benchmarks_study.md": "A study of SmolLM2"},
+    "Comparing": {
+        "study.md": "The study",
+        "benchmarks.md": "Benchmarks",
+        "benchmarks_study.md": "A study of SmolLM2",
+        "benchmarks_study_report.md": "Its report",
+    },
     "Reference": {
         "cli.md": "Commands",
         "examples.md": "Examples",

@@ -395,7 +395,7 @@ def make_parser(prog: str = "trl-ift counterfactual") -> argparse.ArgumentParser
     add = parser.add_argument
     add("--config", metavar="FILE", help="YAML file of options; those on the command line win")
     add_model_options(parser)
-    add_dataset_options(parser)
+    add_dataset_options(parser, streaming=False)
     add("--max_rows", type=int, help="take the first rows only")
     add("--variant", choices=list(VARIANTS), default="con", help="which answers are paired")
     add("--desired", help="the desired instruction (enc, con)")
@@ -444,7 +444,7 @@ def _build(args: argparse.Namespace) -> None:
         except re.error as error:
             raise ValueError(f"`--style_pattern {args.style_pattern}` is no regular expression: {error}.") from None
         is_styled = lambda text: pattern.search(text) is not None  # noqa: E731
-    dataset = load_split(args.dataset_name, args.dataset_split, args.dataset_config, args.dataset_streaming)
+    dataset = load_split(args.dataset_name, args.dataset_split, args.dataset_config)
     if args.max_rows is not None:
         dataset = dataset.take(args.max_rows)
     if not isinstance(dataset, Dataset):

@@ -289,7 +289,7 @@ def make_parser(prog: str = "trl-ift pairs") -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--config", metavar="FILE", help="YAML file of options; those on the command line win")
-    add_dataset_options(parser)
+    add_dataset_options(parser, streaming=False)
     add("--max_rows", type=int, help="take the first rows only, as `trl-ift generate --max_rows` did")
     add("--completions", required=True, help="folder of `trl-ift generate`")
     add("--tokenizer", required=True, help="Hub id or folder of the model that generated them")
@@ -310,7 +310,7 @@ def _build(args: argparse.Namespace) -> None:
         raise ValueError(f"`--output {output}`: expected a file that ends with .parquet.")
     if output.exists():
         raise ValueError(f"`--output {output}` exists. Choose another file, or remove it.")
-    dataset = load_split(args.dataset_name, args.dataset_split, args.dataset_config, args.dataset_streaming)
+    dataset = load_split(args.dataset_name, args.dataset_split, args.dataset_config)
     if args.max_rows is not None:
         dataset = dataset.take(args.max_rows)
     pairs, counts = count_pairs(dataset, args.completions, args.tokenizer, args.drop_truncated)

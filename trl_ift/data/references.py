@@ -34,7 +34,7 @@ from .inference import (
     sequence_log_probs,
     tokenizer_digest,
 )
-from .rows import check_implicit_prompts
+from .rows import check_implicit_prompts, first_row
 
 
 # Pairs between two steps of the progress bar
@@ -139,7 +139,7 @@ def check_references(
     check_preference_dataset(dataset, name)
     if not models:
         raise ValueError("No reference model is given. Name at least one.")
-    row = next(iter(dataset))
+    row = first_row(dataset)
     if not {"chosen", "rejected"} <= set(row):
         raise ValueError(
             f"`{name}` has token ids and no texts, which another model could not read. Add the columns 'prompt', 'chosen' and "

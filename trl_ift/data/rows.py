@@ -1,5 +1,6 @@
 """Texts and messages of rows: what is wrong with one is said with its row and column, before anything is made of it.
 
+first_row        of which columns and kinds are read
 check_text       one value
 check_texts      columns of a dataset
 check_written    what a tokenizer and its chat template make of them: messages that get lost, ends within an answer
@@ -10,7 +11,11 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import Dataset, IterableDataset, LargeList, List, Value
 from transformers.utils import logging
 
 from ..stages import is_main_process
@@ -21,6 +26,18 @@ _MARK = "trl-ift marks this text"
 _ROLES = ("system", "user", "assistant", "tool")
 
 logger = logging.get_logger(__name__)
+
+# A stream reads its first row from its source, and with `shuffle` a buffer of thousands
+_first_rows: WeakKeyDictionary[IterableDataset, dict[str, Any]] = WeakKeyDictionary()
+
+
+def first_row(dataset: Any) -> dict[str, Any]:
+    """The first row of a dataset, empty where it has none; of a stream read once."""
+    if not isinstance(dataset, IterableDataset):
+        return next(iter(dataset), {})
+    if dataset not in _first_rows:
+        _first_rows[dataset] = next(iter(dataset), {})
+    return dict(_first_rows[dataset])
 
 
 def check_text(value: Any, where: str, column: str) -> None:
@@ -111,7 +128,9 @@ def check_texts(dataset: Any, name: str, columns: Sequence[str], nullable: bool 
     Raises:
         ValueError, TypeError: As `check_text`; or a row has texts where the first one has messages, or the other way round.
     """
-    if hasattr(dataset, "num_rows"):
+    if isinstance(dataset, Dataset):
+        if all(_is_sound(dataset, column, nullable) for column in columns):
+            return
         rows = dataset.with_format(None).select_columns(list(columns))
     else:
         rows = dataset.take(1000)
@@ -130,6 +149,40 @@ def check_texts(dataset: Any, name: str, columns: Sequence[str], nullable: bool 
                 )
 
 
+def _is_sound(dataset: Dataset, column: str, nullable: bool) -> bool:
+    """Whether a whole column is texts, or messages of texts, as `check_text` wants them; fast, without reading rows."""
+    values = dataset.data.column(column)
+    parts = _parts(dataset, column)
+    if parts is None or (values.null_count and not nullable):
+        return False
+    if len(parts) == 1:
+        return True
+    return (
+        pc.min(pc.list_value_length(values)).as_py() != 0
+        and all(part.null_count == 0 for part in parts)
+        and not pc.any(pc.equal(parts[1], "")).as_py()
+    )
+
+
+def _parts(dataset: Dataset, column: str) -> list[pa.ChunkedArray] | None:
+    """A column of texts; contents and roles of all messages in it, which are texts; `None` for other columns.
+
+    They are those of the whole table, of which the dataset may select rows.
+    """
+    feature, values = dataset.features[column], dataset.data.column(column)
+    if _is_text(feature):
+        return [values]
+    message = feature.feature if isinstance(feature, List | LargeList) else None
+    if not isinstance(message, dict) or not all(_is_text(message.get(name)) for name in ("content", "role")):
+        return None
+    flat = pc.list_flatten(values)
+    return [pc.struct_field(flat, name) for name in ("content", "role")]
+
+
+def _is_text(feature: Any) -> bool:
+    return isinstance(feature, Value) and feature.dtype in ("string", "large_string")
+
+
 def check_written(dataset: Any, name: str, columns: Sequence[str], tokenizer: Any) -> None:
     """Check what the tokenizer makes of the texts and messages of a map-style dataset (a stream passes unseen).
 
@@ -139,9 +192,11 @@ def check_written(dataset: Any, name: str, columns: Sequence[str], tokenizer: An
     Raises:
         ValueError: The chat template leaves out messages of a role.
     """
-    if not hasattr(dataset, "num_rows"):
+    if not isinstance(dataset, Dataset):
         return
     end, ends = tokenizer.eos_token or "", 0
+    if _is_plain(dataset, columns, end, tokenizer):
+        return
     roles: dict[str, tuple[int, str]] = {}
     for index, row in enumerate(dataset.with_format(None).select_columns(list(columns))):
         within = False
@@ -172,6 +227,18 @@ def check_written(dataset: Any, name: str, columns: Sequence[str], tokenizer: An
             f"In {ends} of {len(dataset)} rows of `{name}` an answer holds {end!r} before its end. As the end-of-sequence "
             "token of the tokenizer it ends the answer there: the model learns to stop at it. Remove it from the text."
         )
+
+
+def _is_plain(dataset: Dataset, columns: Sequence[str], end: str, tokenizer: Any) -> bool:
+    """Whether no text of the columns holds `end`, and the chat template leaves nothing out; fast, without reading rows."""
+    parts = [_parts(dataset, column) for column in columns]
+    if any(part is None for part in parts):
+        return False
+    texts = [part[0] for part in parts if part]
+    roles = {role for part in parts if part and len(part) == 2 for role in part[1].unique().to_pylist()}
+    if end and any(pc.any(pc.match_substring(text, end)).as_py() for text in texts):
+        return False
+    return not any(_leaves_out(tokenizer, role) for role in roles if role is not None)
 
 
 def _leaves_out(tokenizer: Any, role: str) -> bool:

@@ -54,7 +54,7 @@ from .inference import (
     sequence_log_probs,
     tokenizer_digest,
 )
-from .rows import check_implicit_prompts, naming_the_row
+from .rows import check_implicit_prompts, first_row, naming_the_row
 from .shards import check_manifest, claim_shards, remove_scratch_files, wait_until, write_file
 
 
@@ -196,7 +196,7 @@ def store_references(
 
 def _check_rows(dataset: Dataset, truncation_mode: str) -> tuple[str, ...]:
     """Check the rows; return the columns that are written."""
-    row: Mapping[str, Any] = next(iter(dataset), {})
+    row = first_row(dataset)
     single = "completion" in row and not is_paired(row)
     if single:
         check_unpaired_dataset(dataset, "dataset", (), threshold=0.5)
@@ -333,7 +333,7 @@ def make_parser(prog: str = "trl-ift references") -> argparse.ArgumentParser:
     add, signature = parser.add_argument, inspect.signature(store_references).parameters
     add("--config", metavar="FILE", help="YAML file of options; those on the command line win")
     add_model_options(parser)
-    add_dataset_options(parser)
+    add_dataset_options(parser, streaming=False)
     add("--output_dir", required=True, help="folder of the dataset that is written; the split keeps its name")
     add(
         "--max_length",
@@ -363,7 +363,7 @@ def _run(args: argparse.Namespace) -> None:
     names = ("output_dir", "max_length", "truncation_mode", "adapter", *_HELP)
     rows = store_references(
         os.path.expanduser(args.model_name_or_path),
-        load_split(args.dataset_name, args.dataset_split, args.dataset_config, args.dataset_streaming),
+        load_split(args.dataset_name, args.dataset_split, args.dataset_config),
         split=args.dataset_split,
         model_init_kwargs={"dtype": args.dtype, "trust_remote_code": args.trust_remote_code},
         quantization_config=get_quantization_config(ModelConfig(dtype=args.dtype, load_in_4bit=args.load_in_4bit)),

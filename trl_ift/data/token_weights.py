@@ -610,7 +610,7 @@ def make_parser(prog: str = "trl-ift token-weights") -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--config", metavar="FILE", help="YAML file of options; those on the command line win")
-    add_dataset_options(parser)
+    add_dataset_options(parser, streaming=False)
     add("--positive", required=True, help="Hub id or folder of the model that likes what is good")
     add("--negative", help="Hub id or folder of the model that likes what is bad")
     add("--positive_adapter", help="Hub id or folder of a PEFT adapter for the positive model")
@@ -661,7 +661,7 @@ def _run(args: argparse.Namespace) -> None:
     options = {name: getattr(args, name) for name in names}
     options |= {name: value for name in DEFAULTS if (value := getattr(args, name)) is not None}
     pairs = estimate_token_weights(
-        load_split(args.dataset_name, args.dataset_split, args.dataset_config, args.dataset_streaming),
+        load_split(args.dataset_name, args.dataset_split, args.dataset_config),
         args.positive,
         args.negative,
         args.output_dir,

@@ -91,6 +91,9 @@ def merge_adapter(
             "small for them. Nothing was written."
         )
 
+    if trained.kind == "reward":  # of a batch, the reward is read at the last token that is no padding
+        pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        merged.config.get_text_config().pad_token_id = pad_id
     merged.save_pretrained(output)
     tokenizer.save_pretrained(output)
     _card(adapter, base, config, trained, card, merged, tokenizer, output, hub_model_id).save(output / "README.md")
@@ -142,7 +145,8 @@ def _method(name: str | None, card: ModelCard | None) -> Method:
     if name is not None:
         return get_method(name)
     names = {method.name for method in METHODS}
-    for tag in _metadata(card, "tags") or ():
+    tags = _metadata(card, "tags") or ()
+    for tag in tags if "trl-ift" in tags else ():  # "dpo" is a tag of TRL's own cards too
         if tag in names:
             return get_method(tag)
     raise ValueError(

@@ -48,6 +48,7 @@ from ..data.caching import versioned
 from ..data.fingerprint import model_fingerprint
 from ..data.inference import load_tokenizer, tokenizer_digest
 from ..data.shards import remove_scratch_files, wait_until, write_file
+from ..extension import RedactedConfig, SaveWithoutArguments
 from ..hub.card import library_versions
 from ..scripts.data import load_split
 from ..scripts.train import INPUT_ERRORS, parse_options, report_error, usage_error
@@ -73,7 +74,7 @@ _LEARNING_RATE = TrainingArguments.learning_rate  # its default
 
 
 @dataclass
-class GuideTrainingArguments(TrainingArguments):
+class GuideTrainingArguments(RedactedConfig, TrainingArguments):
     r"""
     Arguments of the training of a guide, [`train_guide`].
 
@@ -643,7 +644,7 @@ class GuideCollator:
 # ---------------------------------------------------------------- the trainer
 
 
-class GuideTrainer(Trainer):
+class GuideTrainer(SaveWithoutArguments, Trainer):
     """Trainer of a [`GuideModel`]: the loss of reconstruction, two learning rates, word dropout.
 
     Takes the arguments of [`~transformers.Trainer`], and `replacement`, the token id that stands for dropped ones.

@@ -561,7 +561,7 @@ def make_parser(prog: str = "trl-ift weigh") -> argparse.ArgumentParser:
     )
     add, signature = parser.add_argument, inspect.signature(weigh_pairs).parameters
     add("--config", metavar="FILE", help="YAML file of options; those on the command line win")
-    add_dataset_options(parser)
+    add_dataset_options(parser, streaming=False)
     add("--completions", help="folder of `trl-ift generate`, if the dataset is an SFT dataset and no pairs")
     add(
         "--tokenizer",
@@ -665,7 +665,7 @@ def _parse_clip(values: list[str] | None) -> tuple[float, float] | None:
 
 
 def _load_pairs(args: argparse.Namespace) -> Dataset:
-    dataset = load_split(args.dataset_name, args.dataset_split, args.dataset_config, args.dataset_streaming)
+    dataset = load_split(args.dataset_name, args.dataset_split, args.dataset_config)
     if args.completions is None:
         return dataset
     from ..data.generation import load_completions

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from transformers.utils import logging
 
 from ..checks import check_range, check_unused
+from ..data.rows import first_row
 from ..hub.paper import arxiv_paper
 from .trainer import REF_COLUMNS, PairLossConfig, PreferenceBatch, PreferenceTrainer
 
@@ -144,7 +145,7 @@ class AlignedSFTTrainer(PreferenceTrainer):
 
     def _check_dataset(self, args, dataset, name, stored):
         super()._check_dataset(args, dataset, name, stored)
-        if found := [column for column in REF_COLUMNS if column in next(iter(dataset))]:
+        if found := [column for column in REF_COLUMNS if column in first_row(dataset)]:
             logger.warning(
                 f"`{name}` has the columns {found}, which have no effect: ASFT does not compare with a reference. Drop "
                 "them, or choose a method with a reference."

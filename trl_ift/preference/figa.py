@@ -33,6 +33,7 @@ from datasets import Dataset
 
 from ..checks import check_choice, check_range, check_unused
 from ..data.caching import versioned
+from ..data.rows import first_row
 from ..hub.paper import arxiv_paper
 from ..trl_internals import global_then_local_main_first
 from .collator import TokenColumn
@@ -235,7 +236,7 @@ class FIGATrainer(PreferenceTrainer):
 
     def _check_dataset(self, args: Any, dataset: Any, name: str, stored: bool) -> None:
         super()._check_dataset(args, dataset, name, stored)
-        row = next(iter(dataset))
+        row = first_row(dataset)
         found = [column.name for column in self.columns if column.name in row]
         if len(found) == 1:
             raise ValueError(
@@ -247,7 +248,7 @@ class FIGATrainer(PreferenceTrainer):
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
         prepared = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
-        if GOOD.name in next(iter(prepared)):
+        if GOOD.name in first_row(prepared):
             return self._own(prepared)
         named = isinstance(prepared, Dataset)
         options = (

@@ -28,6 +28,7 @@ from accelerate.utils import is_peft_model
 from transformers import AutoConfig, PretrainedConfig
 
 from ..checks import check_range, check_unused
+from ..data.rows import first_row
 from ..hub.paper import arxiv_paper
 from .sae import IdentityEncoder, ReLUSAE, load_sae
 from .trainer import PairLossConfig, PreferenceBatch, PreferenceTrainer
@@ -189,7 +190,7 @@ class FPOTrainer(PreferenceTrainer):
 
     def _check_dataset(self, args, dataset, name, stored):
         super()._check_dataset(args, dataset, name, stored)
-        if "ref_chosen_logps" in next(iter(dataset)):
+        if "ref_chosen_logps" in first_row(dataset):
             raise ValueError(
                 f"`{name}` has the columns 'ref_chosen_logps' and 'ref_rejected_logps', and FPO needs the features of the "
                 "reference too, which runs beside the policy. Drop them."

@@ -27,6 +27,7 @@ import torch
 from datasets import Dataset
 
 from ..checks import check_choice
+from ..data.rows import first_row
 from ..latent.weights import DISTANCE_COLUMN, NORMALIZATIONS, WeightNormalizer, check_clip
 from .collator import WEIGHT, Column
 from .spin import SPINConfig, SPINTrainer
@@ -121,7 +122,7 @@ class LDAlignTrainer(SPINTrainer):
 
     def _check_dataset(self, args: LDAlignConfig, dataset: Any, name: str, stored: bool) -> None:
         super()._check_dataset(args, dataset, name, stored)
-        row = next(iter(dataset))
+        row = first_row(dataset)
         if name != "train_dataset":
             return
         if WEIGHT.name not in row and DISTANCE.name not in row:
@@ -146,7 +147,7 @@ class LDAlignTrainer(SPINTrainer):
         if self._weighing is None:
             self._weighing = self._fit(prepared, args)
         source, normalizer = self._weighing
-        if source not in (row := next(iter(prepared))):  # evaluation data; weights of another origin are none
+        if source not in (row := first_row(prepared)):  # evaluation data; weights of another origin are none
             return prepared.remove_columns([WEIGHT.name]) if WEIGHT.name in row else prepared
         if not isinstance(prepared, Dataset):
             return prepared.map(_weigh_row, fn_kwargs={"source": source, "normalizer": normalizer})

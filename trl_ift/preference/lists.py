@@ -15,7 +15,7 @@ from datasets import Dataset, IterableDataset, concatenate_datasets
 
 from ..checks import check_range
 from ..data.caching import versioned
-from ..data.rows import check_text
+from ..data.rows import check_text, first_row
 from ..trl_internals import global_then_local_main_first
 from .collator import Branch, Column, PreferenceCollator
 from .trainer import REF_COLUMNS, PreferenceBatch, PreferenceTrainer, prompt_and_response_ids
@@ -56,7 +56,7 @@ def check_lists(dataset: Any, name: str, size: int | None = None, preferences: b
         size: Responses of a group, into which the rows must divide.
         preferences: Whether a group must be two responses of different rewards.
     """
-    first = next(iter(dataset))
+    first = first_row(dataset)
     if missing := [column for column in ("prompt", "rewards") if column not in first]:
         raise ValueError(
             f"`{name}` has the column 'completions' but lacks {' and '.join(map(repr, missing))}; its columns are "
@@ -212,7 +212,7 @@ class ListTrainer(PreferenceTrainer):
     # ---------------------------------------------------------------- data
 
     def _grouped(self, dataset: Any) -> Any:
-        names = list(next(iter(dataset)))
+        names = list(first_row(dataset))
         arguments = {"size": self.group_size, "preferences": self.preferences_only}
         options = {"batched": True, "remove_columns": names, "fn_kwargs": arguments}
         if not isinstance(dataset, Dataset):
@@ -220,7 +220,7 @@ class ListTrainer(PreferenceTrainer):
         return dataset.map(versioned(as_groups), **options)
 
     def _check_dataset(self, args: Any, dataset: Any, name: str, stored: bool) -> None:
-        row: dict[str, Any] = next(iter(dataset), {})
+        row = first_row(dataset)
         if "completions" in row:
             check_lists(dataset, name, self.group_size, self.preferences_only)
             with global_then_local_main_first():
@@ -251,14 +251,14 @@ class ListTrainer(PreferenceTrainer):
                 )
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
-        if "completions" in next(iter(dataset)):
+        if "completions" in first_row(dataset):
             with global_then_local_main_first():
                 dataset = self._grouped(dataset)
         return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
 
     def _tokenize_branch(self, dataset, branch, implicit_prompt, processing_class, args):
-        row = next(iter(dataset), None)
-        if branch is not OTHERS or row is None or OTHERS.rows_column in row or "others" not in row:
+        row = first_row(dataset)
+        if branch is not OTHERS or not row or OTHERS.rows_column in row or "others" not in row:
             return super()._tokenize_branch(dataset, branch, implicit_prompt, processing_class, args)
         options = {"num_proc": args.dataset_num_proc} if isinstance(dataset, Dataset) else {}
         arguments = {"processing_class": processing_class, "eos_token": self._tokenizer.eos_token}

@@ -48,7 +48,7 @@ from ..checks import check_choice, check_range, check_unused
 from ..data.caching import versioned
 from ..data.fingerprint import model_fingerprint
 from ..data.generation import MANIFEST, load_completions
-from ..scripts.data import load_named
+from ..scripts.data import check_encoding, load_named
 from ..trl_internals import tokenize
 from .collator import Branch, Column
 from .trainer import (
@@ -406,6 +406,7 @@ def _given_or_named(dataset: Dataset | None, name: str | None) -> Dataset | None
         raise ValueError(
             f"`{name}` has no split 'train'; it has: {', '.join(map(repr, splits))}. Pass the dataset itself."
         )
+    check_encoding(splits["train"], name)
     return splits["train"]
 
 

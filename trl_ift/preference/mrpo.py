@@ -41,6 +41,7 @@ from ..checks import check_choice, check_range, check_unused
 from ..data.caching import versioned
 from ..data.fingerprint import base_model
 from ..data.references import check_references, reference_columns, score_references
+from ..data.rows import first_row
 from ..hub.paper import arxiv_paper
 from .collator import Column
 from .trainer import PairLossConfig, PreferenceBatch, PreferenceTrainer
@@ -290,7 +291,7 @@ class MRPOTrainer(PreferenceTrainer):
     def _check_datasets(self, args: MRPOConfig, train_dataset: Any, eval_dataset: Any) -> bool:
         datasets = eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset}
         known = [data for data in (train_dataset, *datasets.values()) if isinstance(data, Dataset | IterableDataset)]
-        rows: list[dict[str, Any]] = [next(iter(data), {}) for data in known]
+        rows: list[dict[str, Any]] = [first_row(data) for data in known]
         stored = _number_stored(rows[0]) if rows else 0
         if args.ref_models is None and rows and not stored:
             raise ValueError(
@@ -311,7 +312,7 @@ class MRPOTrainer(PreferenceTrainer):
 
     def _check_dataset(self, args: MRPOConfig, dataset: Any, name: str, stored: bool) -> None:
         super()._check_dataset(args, dataset, name, stored)
-        found = _number_stored(next(iter(dataset)))
+        found = _number_stored(first_row(dataset))
         if found not in (0, self._number):
             raise ValueError(
                 f"`{name}` has the log-probabilities of {found} references beside the starting policy, the run has "
@@ -321,7 +322,7 @@ class MRPOTrainer(PreferenceTrainer):
             check_references(dataset, name, args.ref_models, init_kwargs=self._init_kwargs(args))
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
-        if not _number_stored(next(iter(dataset))):
+        if not _number_stored(first_row(dataset)):
             dataset = score_references(
                 dataset,
                 args.ref_models,

@@ -31,6 +31,7 @@ from transformers.utils import logging
 
 from ..checks import check_choice, check_range, check_unused
 from ..data.embeddings import EMBEDDING, embed_prompts
+from ..data.rows import first_row
 from ..hub.paper import arxiv_paper
 from ..trl_internals import global_then_local_main_first
 from .collator import Column
@@ -210,7 +211,7 @@ class RelativePOTrainer(PreferenceTrainer):
         super()._check_dataset(args, dataset, name, stored)
         if args.relative_weighting != "embedding":
             return
-        row = next(iter(dataset))
+        row = first_row(dataset)
         given = EMBEDDING in row
         if name == "train_dataset":
             self._embeddings_given = given
@@ -236,7 +237,7 @@ class RelativePOTrainer(PreferenceTrainer):
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
         prepared = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
-        if args.relative_weighting != "embedding" or self._embeddings_given or EMBEDDING in next(iter(prepared)):
+        if args.relative_weighting != "embedding" or self._embeddings_given or EMBEDDING in first_row(prepared):
             return prepared
         with global_then_local_main_first():
             return embed_prompts(prepared)

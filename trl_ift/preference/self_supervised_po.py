@@ -48,6 +48,7 @@ from transformers import (
 from ..checks import check_choice, check_range, check_unused
 from ..data.caching import versioned
 from ..data.fingerprint import base_model
+from ..data.rows import first_row
 from ..hub.paper import arxiv_paper
 from ..trl_internals import global_then_local_main_first
 from .collator import Branch, PreferenceCollator
@@ -378,7 +379,7 @@ class SelfSupervisedPOTrainer(PreferenceTrainer):
 
     def _check_dataset(self, args: SelfSupervisedPOConfig, dataset: Any, name: str, stored: bool) -> None:
         super()._check_dataset(args, dataset, name, stored)
-        row = next(iter(dataset))
+        row = first_row(dataset)
         if self._gammas and not ({"chosen", "rejected"} <= set(row) and ("prompt" in row or "prompt_ids" not in row)):
             raise ValueError(
                 f"`{name}` has token ids and no texts, whose content could be removed. Add the columns 'prompt', 'chosen' and "
@@ -397,7 +398,7 @@ class SelfSupervisedPOTrainer(PreferenceTrainer):
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
         dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
         for branch in self.branches:
-            if branch.rows_column in next(iter(dataset)):
+            if branch.rows_column in first_row(dataset):
                 continue
             options = {
                 "side": branch.name.removeprefix("degraded_"),

@@ -27,6 +27,7 @@ from transformers.utils import logging
 
 from ..checks import check_choice, check_range, check_unused
 from ..data.caching import versioned
+from ..data.rows import first_row
 from ..hub.paper import arxiv_paper
 from ..trl_internals import global_then_local_main_first
 from .collator import Column
@@ -209,7 +210,7 @@ class SoftLabelPOTrainer(PreferenceTrainer):
 
     def _check_dataset(self, args, dataset, name, stored):
         super()._check_dataset(args, dataset, name, stored)
-        if name != "train_dataset" or SOFT_LABEL.name in next(iter(dataset)):
+        if name != "train_dataset" or SOFT_LABEL.name in first_row(dataset):
             return
         lacks = f"`{name}` lacks the column '{SOFT_LABEL.name}', the probability that 'chosen' is preferred"
         if args.drop_ties:
@@ -221,7 +222,7 @@ class SoftLabelPOTrainer(PreferenceTrainer):
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
         prepared = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
-        if not args.drop_ties or SOFT_LABEL.name not in next(iter(prepared)):
+        if not args.drop_ties or SOFT_LABEL.name not in first_row(prepared):
             return prepared
         with global_then_local_main_first():
             kept = prepared.filter(versioned(_is_no_tie), input_columns=[SOFT_LABEL.name])

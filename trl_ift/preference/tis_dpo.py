@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from ..data.rows import first_row
 from ..hub.paper import arxiv_paper
 from .collator import TokenColumn
 from .trainer import PairLossConfig, PreferenceBatch, PreferenceTrainer
@@ -88,8 +89,8 @@ class TISDPOTrainer(PreferenceTrainer):
     )
 
     def _check_dataset(self, args: Any, dataset: Any, name: str, stored: bool) -> None:
-        row = next(iter(dataset), None)
-        if row is not None and (missing := [column.name for column in self.columns if column.name not in row]):
+        row = first_row(dataset)
+        if row and (missing := [column.name for column in self.columns if column.name not in row]):
             raise ValueError(
                 f"`{name}` lacks the column {' and '.join(map(repr, missing))}; its columns are {sorted(row)}. "
                 "`trl_ift.data.estimate_token_weights` (`trl-ift token-weights`) adds the weights of tokens to pairs."

@@ -56,7 +56,7 @@ from ..checks import (
 )
 from ..data.caching import versioned
 from ..data.inference import load_tokenizer
-from ..data.rows import check_implicit_prompts
+from ..data.rows import check_implicit_prompts, first_row
 from ..extension import ExtensionConfig
 from ..reference import ReferenceTrainer, check_ref_settings
 from ..trl_internals import (
@@ -122,6 +122,11 @@ class PreferenceConfig(ExtensionConfig, DPOConfig):
             raise ValueError(
                 "`shared_prompt=True` cannot be combined with `neftune_noise_alpha`, whose noise depends on the length of a "
                 "row. Drop one of the two options."
+            )
+        if self.train_sampling_strategy not in ("random", "sequential"):
+            raise ValueError(
+                f"`train_sampling_strategy={self.train_sampling_strategy!r}` sorts rows by the length of their one sequence, "
+                "and a pair has several. Choose 'random' or 'sequential'."
             )
         self._check_loss_type()
         super().__post_init__()
@@ -454,6 +459,7 @@ class PreferenceTrainer(ReferenceTrainer, DPOTrainer):
     def _check_collator(self) -> None:
         """Refuse a collator that loses what the method reads."""
         keys = {column.name: column.name for column in self._all_columns}
+        keys |= {name: name for name in self.ref_columns if self.uses_reference}
         keys |= {branch.rows_column: f"{branch.name}_input_ids" for branch in self.branches}
         check_collator(self.data_collator, self.train_dataset, keys, PreferenceCollator)
 
@@ -492,7 +498,7 @@ class PreferenceTrainer(ReferenceTrainer, DPOTrainer):
         columns = [*self._all_columns, *(Column(column, high=1e-3) for column in REF_COLUMNS if self.uses_reference)]
         check_preference_dataset(dataset, name, columns, self.branches)
         super()._check_dataset(args, dataset, name, stored)
-        row = next(iter(dataset))
+        row = first_row(dataset)
         if not {"prompt", "prompt_ids"} & set(row):
             check_implicit_prompts(dataset, name)
         if WEIGHT.name in row and any(loss.startswith("aot") for loss in args.loss_type):
@@ -531,7 +537,7 @@ class PreferenceTrainer(ReferenceTrainer, DPOTrainer):
     def _check_first_tokens(self, args: Any, model: Any, processing_class: Any, *datasets: Any) -> None:
         """Raise, before a model is loaded, if a first row has numbers of other tokens than the tokenizer makes."""
         parts = [part for data in datasets for part in (data.values() if isinstance(data, dict) else [data])]
-        for row in [next(iter(part)) for part in parts if part is not None and self._token_columns]:
+        for row in [first_row(part) for part in parts if part is not None and self._token_columns]:
             columns = [column for column in self._token_columns if column.name in row]
             if columns and "prompt_ids" not in row:
                 options = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
@@ -549,7 +555,7 @@ class PreferenceTrainer(ReferenceTrainer, DPOTrainer):
         prepared, kept = self._prepare_rows(probe, processing_class, args, dataset_name)
         if isinstance(dataset, Dataset):
             _check_token_counts(prepared, self._token_columns, dataset_name)
-        if next(iter(kept), None) is None:
+        if not first_row(kept):
             raise ValueError(_NO_ROWS.format(name=dataset_name, max_length=args.max_length))
         if isinstance(dataset, Dataset):
             _report_dropped(probe, prepared, kept, dataset_name, args, self._drop_options(args))
@@ -559,10 +565,10 @@ class PreferenceTrainer(ReferenceTrainer, DPOTrainer):
     def _prepare_rows(self, dataset, processing_class, args, dataset_name):
         """Return the tokenized dataset, and the same without the rows that cannot be trained."""
         prepared = dataset
-        if "prompt_ids" not in next(iter(dataset)):
+        if "prompt_ids" not in first_row(dataset):
             options = preparation_options(args)
             prepared = super()._prepare_dataset(dataset, processing_class, options, dataset_name)
-        implicit_prompt = "prompt" not in next(iter(dataset))
+        implicit_prompt = "prompt" not in first_row(dataset)
         with global_then_local_main_first():
             for branch in self.branches:
                 prepared = self._tokenize_branch(prepared, branch, implicit_prompt, processing_class, args)
@@ -577,8 +583,8 @@ class PreferenceTrainer(ReferenceTrainer, DPOTrainer):
         }
 
     def _tokenize_branch(self, dataset, branch: Branch, implicit_prompt: bool, processing_class, args):
-        row = next(iter(dataset), None)
-        if row is None or branch.rows_column in row or branch.column is None:
+        row = first_row(dataset)
+        if not row or branch.rows_column in row or branch.column is None:
             return dataset
         if f"{branch.column}_ids" in row:  # tokenized by TRL
             return dataset.map(versioned(_rows_from_ids), fn_kwargs={"branch": branch})

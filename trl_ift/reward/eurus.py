@@ -44,6 +44,7 @@ from ..checks import (
     responses_differ,
 )
 from ..data.caching import versioned
+from ..data.rows import first_row
 from ..extension import ExtensionConfig, ExtensionTrainer
 from ..hub.paper import arxiv_paper
 from ..preference.collator import Column, Flag
@@ -206,7 +207,7 @@ class EurusRewardTrainer(ExtensionTrainer, RewardTrainer):
             options = {name: getattr(self.data_collator, name) for name in ("pad_token_id", "pad_to_multiple_of")}
             self.data_collator = EurusRewardCollator(**options)
             return
-        row = next(iter(self.train_dataset))
+        row = first_row(self.train_dataset)
         if ABSOLUTE.name in row and ABSOLUTE.name not in self.data_collator([row]):
             raise ValueError(
                 f"`data_collator` ({type(data_collator).__name__}) leaves out 'absolute', which the loss reads. Derive it from "
@@ -222,9 +223,9 @@ class EurusRewardTrainer(ExtensionTrainer, RewardTrainer):
     def _prepared(self, dataset, processing_class, args, dataset_name):
         probe = probe_of(dataset)
         usable, prepared = self._usable(probe, processing_class), ()
-        if next(iter(usable), None) is not None:
+        if first_row(usable):
             prepared = super()._prepare_dataset(usable, processing_class, args, dataset_name)
-        if next(iter(prepared), None) is None:
+        if not first_row(prepared):
             raise ValueError(
                 f"No row of the {dataset_name} dataset fits `max_length={args.max_length}`, prompt and response together, with "
                 "responses that differ and are not empty. Check the columns, raise `max_length`, or set it to None."
@@ -290,7 +291,7 @@ def check_rows(args: EurusRewardConfig, dataset: Any, name: str) -> None:
     """Check columns and types of a dataset: of its first row, and all numbers and booleans of a map-style one."""
     if isinstance(dataset, Dataset):
         dataset = dataset.with_format(None)
-    row: dict[str, Any] = next(iter(dataset), {})
+    row = first_row(dataset)
     columns = (MARGIN, ABSOLUTE)
     if not {"chosen_ids", "rejected_ids"} <= set(row):
         check_preference_dataset(dataset, name, columns)

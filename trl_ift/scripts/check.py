@@ -5,6 +5,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Mapping
+from copy import copy
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -229,9 +230,11 @@ def inspect(method: Method, parsed: tuple[Any, ...], given: Mapping[str, str]) -
     *configs, options = parsed
     if options.rows < 0:
         raise ValueError(f"`--rows {options.rows}` must be at least 0.")
+    one_training = method.script == "train.py"
+    if not one_training:
+        configs[1] = _of_iteration(configs[1])
     settings = Settings({name: value for config in configs for name, value in vars(config).items()}, given)
     errors = unused_settings(settings)
-    one_training = method.script == "train.py"
     try:
         with tempfile.TemporaryDirectory() as folder:
             if one_training:
@@ -251,14 +254,27 @@ def inspect(method: Method, parsed: tuple[Any, ...], given: Mapping[str, str]) -
             "figures of data and steps are those of these rows"
         )
         found.data["dropped"] = {"number": 0, "why": []}
+        if found.memory["without_checkpointing"] is not None:
+            found.memory["without_checkpointing"]["fits"] = None  # it is the user's choice there
     found.errors = [*errors, *_misplaced(settings, found, one_training), *found.errors]
     return found
 
 
+def _of_iteration(training_args: Any) -> Any:
+    """The config as an iteration of self-play trains with it."""
+    training_args = copy(training_args)
+    training_args.precompute_ref_log_probs = True
+    training_args.overwrite_output_dir = True  # it goes on with what is there
+    return training_args
+
+
 def _self_play_arguments(configs: list[Any], folder: str, options: Any) -> dict[str, Any]:
     """The arguments of the trainer of a first iteration, on the first rows, which the model answers."""
+    from peft import PeftModel
+
     from trl_ift.data import build_pairs, generate_completions
-    from trl_ift.data.inference import load_tokenizer
+    from trl_ift.data.inference import load_model, load_tokenizer
+    from trl_ift.data.pairs import first_turns
     from trl_ift.inspection import without_evaluation
 
     script_args, training_args, model_args, dataset_args, config, *latent = configs
@@ -267,12 +283,12 @@ def _self_play_arguments(configs: list[Any], folder: str, options: Any) -> dict[
     method = get_method("spin" if not latent else "ld-align")
     arguments = prepare(_Deferred(**vars(method)), script_args, training_args, model_args, dataset_args)
     number = max(options.rows, training_args.per_device_train_batch_size)
-    data = arguments["train_dataset"]
+    data = first_turns(arguments["train_dataset"])
     data = data.select(range(min(number, len(data), config.max_rows or number)))
     kwargs = dict(training_args.model_init_kwargs or {})
     completions = generate_completions(
         arguments["model"],
-        data.remove_columns([name for name in ("completion",) if name in data.column_names]),
+        data.remove_columns("completion"),
         folder,
         adapter=config.initial_adapter,
         quantization_config=arguments["quantization_config"],
@@ -286,7 +302,14 @@ def _self_play_arguments(configs: list[Any], folder: str, options: Any) -> dict[
     pairs = build_pairs(data, completions, processing_class=load_tokenizer(arguments["model"], None, kwargs))
     if latent:  # whose distances an encoder measures later
         pairs = pairs.add_column("latent_distance", [1.0] * len(pairs))
-    return arguments | {"args": without_evaluation(arguments["args"]), "train_dataset": pairs, "eval_dataset": None}
+    arguments |= {"args": without_evaluation(arguments["args"]), "train_dataset": pairs, "eval_dataset": None}
+    if config.initial_adapter is not None:  # which is trained further
+        if (quantization := arguments["quantization_config"]) is not None:
+            kwargs["quantization_config"] = quantization
+        policy = load_model(arguments["model"], None, kwargs)
+        arguments["model"] = PeftModel.from_pretrained(policy, config.initial_adapter, is_trainable=True)
+        arguments["args"].model_init_kwargs = arguments["peft_config"] = arguments["quantization_config"] = None
+    return arguments
 
 
 def run(argv: list[str]) -> int:
@@ -405,6 +428,8 @@ def _loss_lines(loss: Mapping[str, Any]) -> list[str]:
 def _memory_lines(memory: Mapping[str, Any]) -> list[str]:
     lines = _head("Memory of a device (an estimate; the formula is in docs/check.md)")
     lines += [f"  {name:<12} {_size(value):>10}" for name, value in memory["parts"].items() if value]
+    if memory["unknown"] is not None:
+        lines.append(f"  without the activations, which cannot be estimated for this model ({memory['unknown']})")
     available = f" of {_size(memory['available'])}" if memory["available"] else ""
     lines.append(f"  {'in all':<12} {_size(memory['total']):>10}{available}")
     if memory["available"] and memory["total"] > memory["available"]:

@@ -57,6 +57,8 @@ def load_splits(script_args: Any, dataset_args: Any, training_args: Any) -> tupl
 def load_named(name: str, config: str | None = None, streaming: bool = False) -> Any:
     """Load all splits of a data file, of a folder (data files, or `Dataset.save_to_disk`), or of a dataset on the Hub.
 
+    Whether their bytes are UTF-8 says `check_encoding`, for the split that is used.
+
     A data file may have an address that fsspec reads (`https://`, `hf://`, `s3://`, ...), or be a pattern of files
     (`*.jsonl`). Files and a single saved `Dataset` are the split "train".
     """
@@ -117,10 +119,8 @@ def _cut_test_split(splits: Any, name: str, train_split: str, test_split: str, t
 
 def _read(source: str, load: Any, /, *args: Any, **kwargs: Any) -> Any:
     """Call a loader of `datasets`, whose errors about broken files are of all kinds, and hide the reason in their cause."""
-    from datasets import Dataset, DatasetDict
-
     try:
-        loaded = load(*args, **kwargs)
+        return load(*args, **kwargs)
     except StopIteration:  # of an empty file
         raise ValueError(redacted(f"The dataset {source} has no rows.")) from None
     except Exception as error:
@@ -135,17 +135,16 @@ def _read(source: str, load: Any, /, *args: Any, **kwargs: Any) -> Any:
         reason = error.__cause__ or error
         message = redacted(f"The dataset {source} cannot be read: {type(reason).__name__}: {reason}")
         raise ValueError(message) from error
-    splits = loaded.values() if isinstance(loaded, DatasetDict) else [loaded]
-    for data in splits:
-        if isinstance(data, Dataset):
-            _check_encoding(data, redacted(source))
-    return loaded
 
 
-def _check_encoding(dataset: Any, source: str) -> None:
-    """Refuse bytes that are not UTF-8, which would fail when their row is read."""
+def check_encoding(dataset: Any, name: str) -> None:
+    """Refuse bytes that are not UTF-8 in the texts of a map-style dataset: they would fail when their row is read."""
     import pyarrow as pa
+    from datasets import Dataset
 
+    if not isinstance(dataset, Dataset):
+        return
+    source = redacted(name)
     try:
         dataset.data.table.validate(full=True)
     except pa.ArrowInvalid as error:
@@ -161,10 +160,15 @@ def _check_encoding(dataset: Any, source: str) -> None:
 
 def _check_start(path: Path) -> None:
     """Refuse a JSON file that does not begin with an object or a list: of `null`, the reader of Arrow dies."""
-    if path.suffix.lower() not in (".json", ".jsonl", ".ndjson"):
+    if _builder_of(path) != "json":
         return
-    with path.open("rb") as file:
-        start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
+    import fsspec
+
+    try:
+        with fsspec.open(str(path), "rb", compression="infer") as file:
+            start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
+    except Exception:  # a damaged archive: the loader will say so
+        return
     if start and start[:1] not in (b"{", b"["):
         raise ValueError(
             f"The data file `{path}` begins with {start[:20]!r}: expected JSON objects, one a line or as a list. Mend the file."
@@ -196,6 +200,7 @@ def _pick(splits: Any, name: str, split: str, remedy: str) -> Any:
         raise ValueError(
             f"The dataset {redacted(name)} has no split {split!r}; it has: {', '.join(map(repr, splits))}. {remedy}"
         )
+    check_encoding(splits[split], name)
     return splits[split]
 
 

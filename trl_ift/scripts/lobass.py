@@ -116,10 +116,12 @@ class LoBaSSArguments:
 
 def make_parser() -> Any:
     """Return the `TrlParser` of `trl-ift lobass`: the options of `trl sft`, for the reference, and those of the selection."""
-    from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig, TrlParser
+    from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
+
+    from trl_ift.supervised.sft import PlainSFTConfig
 
     parser = TrlParser(
-        (ScriptArguments, SFTConfig, ModelConfig, DatasetMixtureConfig, LoBaSSArguments),
+        (ScriptArguments, PlainSFTConfig, ModelConfig, DatasetMixtureConfig, LoBaSSArguments),
         prog=PROG,
         usage=f"{PROG} [--config FILE] [--accelerate_config NAME|FILE] [options] [options of accelerate launch]",
         description="LoBaSS data selection: fine-tune a reference on all rows, score every row before and after, and keep "
@@ -260,9 +262,10 @@ def _train_reference(
     """Fine-tune the model on the rows with TRL's `SFTTrainer`, from the last checkpoint if there is one, unless it is done."""
     from accelerate.utils import is_peft_model
     from transformers import set_seed
-    from trl import SFTTrainer, get_peft_config, get_quantization_config
+    from trl import get_peft_config, get_quantization_config
 
     from trl_ift.data.shards import write_file
+    from trl_ift.supervised.sft import PlainSFTTrainer
     from trl_ift.trl_internals import keep_4bit_trainable_on_cpu, score_labelled_positions_only
 
     done = folder / "trained.json"
@@ -274,7 +277,7 @@ def _train_reference(
     args.model_init_kwargs = init_kwargs
     say(f"Training the reference in {folder}.")
     set_seed(args.seed)
-    trainer = SFTTrainer(
+    trainer = PlainSFTTrainer(
         model,
         args=args,
         train_dataset=dataset,

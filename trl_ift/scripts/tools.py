@@ -22,13 +22,14 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     add("--num_processes", type=int, default=1, help="processes of this machine, each with a model of its own")
 
 
-def add_dataset_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options that name a dataset."""
+def add_dataset_options(parser: argparse.ArgumentParser, streaming: bool = True) -> None:
+    """Add the options that name a dataset; `streaming` unless the tool needs all rows at once."""
     add = parser.add_argument
     add("--dataset_name", required=True, help="file, folder or Hub id of the dataset")
     add("--dataset_config", help="configuration of a dataset on the Hub")
     add("--dataset_split", default="train", help="split of the dataset")
-    add("--dataset_streaming", action="store_true", help="read the dataset as a stream")
+    if streaming:
+        add("--dataset_streaming", action="store_true", help="read the dataset as a stream")
 
 
 def run_tool(

@@ -23,7 +23,7 @@ import yaml
 from ..checks import check_choice, check_model_source, check_peft, check_range
 from ..data.rows import check_text
 from ..registry import METHODS, Method
-from ..scripts.data import load_named
+from ..scripts.data import check_encoding, load_named
 from ..stages import as_json, say, training_settings
 from ..trl_internals import tokenize
 from .evaluate import PARTS, HeldOut, Task
@@ -467,7 +467,7 @@ class Study:
             file for task in tasks if isinstance(task, Mapping) for file in (task.get("data_files") or {}).values()
         ]
         digests = {str(file): _file_digest(Path(file)) for file in files if file and Path(file).is_file()}
-        return digest_of([part, settings, start.chat, digests])
+        return digest_of([part, _by_content(settings, digests), start.chat])
 
     def _neutral(self, given: Mapping[str, Any]) -> list[str]:
         _check_keys(given, ("data", "column", "rows"), "evaluation.neutral")
@@ -728,12 +728,26 @@ def _expanded(value: Any) -> Any:
     return text
 
 
+def _by_content(value: Any, digests: Mapping[str, str]) -> Any:
+    """Settings with the digest of a file in the place of its path: a file that lies elsewhere is the same one."""
+    if isinstance(value, Mapping):
+        return {key: _by_content(v, digests) for key, v in value.items()}
+    if isinstance(value, list):
+        return [_by_content(v, digests) for v in value]
+    return digests.get(value, value) if isinstance(value, str) else value
+
+
 _PATHS = ("output_dir", "model", "train", "test", "sft", "data", "questions", "prompts", "judgments", "name")
+_ROWS = ("train", "test", "sft", "data")
 
 
 def _absolute(value: Any, name: str = "", files: bool = False) -> Any:
     if isinstance(value, Mapping):
-        return {key: _absolute(v, key, files or name == "data_files") for key, v in value.items()}
+        named = name in _ROWS  # else a name is that of the study, a task or a tracker
+        return {
+            key: v if key == "name" and not named else _absolute(v, key, files or name == "data_files")
+            for key, v in value.items()
+        }
     if isinstance(value, list):
         return [_absolute(v) for v in value]
     is_path = isinstance(value, str) and (name in _PATHS or files)
@@ -830,6 +844,7 @@ def _load_rows(source: Any, where: str, wanted: Sequence[str] = ("test", "valida
             f"{where} has no split {' or '.join(map(repr, names))}; it has: {', '.join(map(repr, splits))}. Name one: "
             "`{name: ..., split: ...}`."
         )
+    check_encoding(splits[split], str(given.get("name")))
     rows = list(splits[split])
     if not rows:
         raise StudyError(f"{where}, split {split!r}, has no rows.")

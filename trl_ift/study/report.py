@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
+from statistics import median
 from typing import Any
 from urllib.parse import quote
 
@@ -39,6 +40,18 @@ _MEANING = {
     "neutral_nll": "negative log-likelihood of texts that have nothing to do with the training: it rises with forgetting",
     "answer_length": "length of the greedy answers to held-out prompts",
     "cut_answers": "greedy answers that did not end within the limit",
+}
+# Kind of a method -> what of the pairs it sees
+_TRAINS_ON = {
+    "sft": "chosen answers",
+    "pairs": "pairs",
+    "triples": "pairs and gold answers",
+    "unpaired": "both answers, each for itself",
+    "lists": "pairs, as lists of two",
+    "samples": "pairs, and samples of the start",
+    "self-play": "chosen answers, and samples of the start",
+    "weighted": "chosen answers, and samples of the start",
+    "degraded": "pairs, and degraded answers",
 }
 _LONG = 25  # rows; a longer table scrolls on the screen
 _MISSING = "–"
@@ -193,7 +206,8 @@ class _Study(Results):
 
     def start_label(self, start: str) -> str:
         about = self.starts[start]
-        return f"{start}: {about['model']}{', after SFT' if about.get('sft') else ''}"
+        format_ = ", chat template" if about.get("chat") else ""
+        return f"{start}: {about['model']}{', after SFT' if about.get('sft') else ''}{format_}"
 
     def row_label(self, start: str, method: str) -> str:
         """A method at the largest size, with what is not complete."""
@@ -272,6 +286,21 @@ def _warnings(study: _Study) -> list[str]:
             warnings.append(f"Cells were made with different versions of {package}: {', '.join(parts)}.")
     if len(study.seeds) == 1:
         warnings.append("One seed: intervals are over documents, and do not cover what another training would give.")
+    seeds = [len(runs) for (_, _, size), runs in study.runs.items() if size == study.size]
+    if seeds and min(seeds) < max(len(study.seeds), 2) and len(study.seeds) > 1:
+        warnings.append(
+            "Of some methods one seed or some of the seeds are done: † marks differences over documents alone."
+        )
+    rows = {
+        cell["id"]: f"{cell['id']} ({cell['train']['rows']} of {cell['size']})"
+        for cell in study.cells
+        if cell["status"] == "done" and cell.get("train") and cell["size"] and cell["train"]["rows"] < cell["size"]
+    }
+    if rows:
+        warnings.append(
+            f"Trained on fewer pairs than the others, some of them twice, as the start gave no other answer to some prompts: "
+            f"{_listed(list(rows.values()), 8)}."
+        )
     if study.sizes and study.size < study.sizes[-1]:
         warnings.append(f"No cell with {_count(study.sizes[-1], 'pair')} is done; tables show {study.size:,}.")
     bare = [start for start in study.starts if (start, BASELINE, 0) not in study.runs]
@@ -402,7 +431,7 @@ def _pairwise(study: _Study) -> _Section:
     if groups and study.primary:
         caption = (
             f"{study.label(study.primary)} with {_count(study.size, 'pair')}: difference with its 95 % interval, paired over "
-            "documents and seeds. The adjusted p-value (Holm) is for all comparisons of a start."
+            "documents and seeds († one seed: over documents). The adjusted p-value (Holm) is for all comparisons of a start."
         )
         header = ["Methods", "Difference", "p-value", "Adjusted", "Shown"]
         section.blocks.append(_Table(caption, header, groups))
@@ -421,7 +450,7 @@ def _cost(study: _Study) -> _Section:
         trained: dict[str, list[dict[str, Any]]] = {}
         for cell in (cell for cell in cells if cell["start"] == start):
             trained.setdefault(cell["method"], []).append(cell["train"])
-        seconds = {method: _mean(trained[method], "seconds") for method in study.methods if method in trained}
+        seconds = {method: _median(trained[method], "seconds") for method in study.methods if method in trained}
         known = {method: value for method, value in seconds.items() if value}
         unit = sft if sft in known else min(known, key=lambda method: known[method], default="")
         rows = []
@@ -429,14 +458,14 @@ def _cost(study: _Study) -> _Section:
             times = [run["seconds"] for run in trained[method] if run.get("seconds") is not None]
             spread = f"{_duration(min(times))} to {_duration(max(times))}" if len(times) > 1 else ""
             relative = f"{known[method] / known[unit]:.2f} ×" if method in known else _MISSING
-            memory = _mean(trained[method], "peak_memory_bytes")
-            others = [_whole(_mean(trained[method], name)) for name in ("tokens_per_second", "sequences", "steps")]
+            memory = _median(trained[method], "peak_memory_bytes")
+            others = [_whole(_median(trained[method], name)) for name in ("tokens_per_second", "sequences", "steps")]
             others.append(_MISSING if memory is None else f"{memory / 2**30:.2f} GiB")
             rows.append(_row(method, _Cell(_duration(seconds[method]), spread), relative, *others))
         groups += [(f"{study.start_label(start)} (relative to {unit})", rows)] if known else []
     header = ["Method", "Training", "Relative", "Tokens/s", "Sequences", "Steps", "Peak memory"]
     caption = (
-        f"Means of the runs with {_count(study.size, 'pair')}, with the shortest and the longest training. Evaluation and "
+        f"Medians of the runs with {_count(study.size, 'pair')}, with the shortest and the longest training. Evaluation and "
         "the SFT of a start are not included. Times compare only if the machine did nothing else."
     )
     return _Section("Cost of training", [_Table(caption, header, groups)] if groups else [])
@@ -463,18 +492,20 @@ def _setup(study: _Study) -> _Section:
         link = f"https://huggingface.co/papers/{paper}" if re.fullmatch(r"\d{4}\.\d{4,5}", paper) else ""
         options = ", ".join(f"{name}={value}" for name, value in (method.get("options") or {}).items()) or "defaults"
         title = str(method.get("title") or label)
-        methods.append(_row(label, title, options, _Cell(paper or _MISSING, link=link)))
+        trains_on = _TRAINS_ON.get(str(method.get("kind")), str(method.get("kind") or _MISSING))
+        methods.append(_row(label, title, trains_on, options, _Cell(paper or _MISSING, link=link)))
     for key, measure in study.about.items():
         better = f"{measure.better} is better" if measure.better else "neither is better"
         documents = f"{len(measure.items):,}" if measure.items else _MISSING
         parts = ", ".join(study.label(part) for part in study.averages.get(key, ()))
-        meaning = f"mean of {parts}" if parts else _MEANING.get(key, key)
+        told = "share of right greedy answers" if key.startswith("task/") else key
+        meaning = f"mean of {parts}" if parts else _MEANING.get(key, told)
         measures.append(_row(study.label(key), meaning, measure.unit, better, documents))
     environment = study.results.get("environment") or {}
     versions = ", ".join(f"{name} {version}" for name, version in (environment.get("versions") or {}).items())
     facts = [_row(str(n), versions if n == "versions" else str(v)) for n, v in environment.items()]
     tables = [
-        _Table("Methods", ["Method", "Title", "Options", "Paper"], [("", methods)], numbers=False),
+        _Table("Methods", ["Method", "Title", "Trains on", "Options", "Paper"], [("", methods)], numbers=False),
         _Table("Measures", ["Measure", "Meaning", "Unit", "Direction", "Documents"], [("", measures)], numbers=False),
         _Table("Environment", ["What", "Value"], [("", facts)], numbers=False),
     ]
@@ -661,7 +692,8 @@ def _change(difference: Difference) -> _Cell:
     known = [value for value in (difference.value, difference.low, difference.high) if value is not None]
     value, *bounds = _amounts(known, difference.unit, "+")
     unit = "points" if difference.unit == "share" else _UNIT_TITLES.get(difference.unit, "")
-    return _Cell(f"{value} {unit}".rstrip(), f"[{', '.join(bounds)}]" if bounds else "no interval")
+    mark = "†" if difference.kind == "documents" else ""
+    return _Cell(f"{value} {unit}".rstrip(), f"[{', '.join(bounds)}]{mark}" if bounds else "no interval")
 
 
 def _plain(cell: _Cell) -> str:
@@ -685,9 +717,10 @@ def _whole(value: float | None) -> str:
     return _MISSING if value is None else f"{value:,.0f}"
 
 
-def _mean(runs: Iterable[dict[str, Any]], name: str) -> float | None:
+def _median(runs: Iterable[dict[str, Any]], name: str) -> float | None:
+    """Of runs one of which may have been held up."""
     known = [run[name] for run in runs if run.get(name) is not None]
-    return math.fsum(known) / len(known) if known else None
+    return median(known) if known else None
 
 
 def _count(number: int, what: str) -> str:

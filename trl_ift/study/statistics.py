@@ -248,8 +248,9 @@ def paired_difference(
     draws = value + deviations * np.sqrt(degrees / np.tile(rng.chisquare(degrees, resamples), 2))
     draws = draws[np.isfinite(draws)]
     low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
-    tail = min(int((draws <= 0).sum()), int((draws >= 0).sum()))
-    p = min(1.0, 2 * (1 + tail) / (1 + len(draws)))
+    # Not the share of the draws beyond 0: corrected for many comparisons, it could never be small enough
+    scale = math.sqrt(of_documents + of_seeds)
+    p = t_p_value(value / scale, degrees) if scale else float(value == 0)
     return Difference(value, float(low), float(high), p, documents, seeds, kind, better, unit)
 
 
@@ -422,8 +423,10 @@ class Results:
         if not measures:
             return None
         found = t_interval([m.value for m in measures]) if len(measures) > 1 else document_interval(measures[0])
-        if found.low is not None and found.high is not None and measures[0].unit == "share":
-            found = Interval(found.mean, found.sd, max(found.low, 0.0), min(found.high, 1.0))
+        if found.low is not None and found.high is not None:
+            unit = measures[0].unit
+            low = max(found.low, 0.0) if unit in ("share", "tokens", "count") or key == "forward_kl" else found.low
+            found = Interval(found.mean, found.sd, low, min(found.high, 1.0) if unit == "share" else found.high)
         return found, len(measures)
 
     def _difference(self, start: str, method: str, key: str, other: str) -> Difference | None:
@@ -463,7 +466,7 @@ def _add_averages(runs: list[dict[str, Measure]]) -> dict[str, list[str]]:
     found = {key: measure for run in runs for key, measure in run.items() if _place(key, measure) in (5, 7)}
     shares: dict[str, str] = {}
     for key, measure in found.items():
-        if measure.unit == "share" and measure.better == "higher":
+        if key.startswith(("task/", "lm_eval/")) and measure.unit == "share" and measure.better == "higher":
             shares.setdefault("/".join(key.split("/")[:2]), key)
     wholes = tuple(f"{name}_" for name in shares if name.startswith("lm_eval/"))
     groups: dict[str, list[str]] = {}

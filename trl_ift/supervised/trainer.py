@@ -119,6 +119,16 @@ class SupervisedTrainer(ExtensionTrainer, SFTTrainer):
         for name, dataset in named_datasets(train_dataset, eval_dataset).items():
             check_sft_dataset(dataset, name, args.dataset_text_field, formatted)
 
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        """As in TRL, with the checks of the constructor."""
+        skipped = (self.args.dataset_kwargs or {}).get("skip_prepare_dataset")
+        if eval_dataset is not None and not isinstance(eval_dataset, str) and not skipped:
+            named = eval_dataset if isinstance(eval_dataset, dict) else {metric_key_prefix: eval_dataset}
+            for name, dataset in named.items():
+                formatted = self._formatting_func is not None
+                check_sft_dataset(dataset, f"{name} dataset", self.args.dataset_text_field, formatted)
+        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
         with self._naming_rows(dataset, dataset_name, processing_class) if formatting_func is None else nullcontext():
             return self._prepared(dataset, processing_class, args, packing, formatting_func, dataset_name)

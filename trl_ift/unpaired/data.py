@@ -7,13 +7,15 @@ from typing import Any
 import torch
 
 from ..checks import _check_same_kind, _is_ids, _kind, check_preference_dataset
-from ..data.rows import check_implicit_prompts, check_texts
+from ..data.rows import check_implicit_prompts, check_texts, first_row
 from ..preference.collator import WEIGHT, Column, Flag
+from ..preference.trainer import pair_ids
 from ..trl_internals import DataCollatorForUnpairedPreference
 
 
 LABEL, SCORE, IS_SFT = Flag("label"), Column("score", low=0, high=1), Flag("is_sft")
 REF_LOGPS = Column("ref_logps", high=1e-3)
+PAIR_REF_LOGPS = (Column("ref_chosen_logps", high=1e-3), Column("ref_rejected_logps", high=1e-3))
 PAIR_SCORES = (Column("chosen_score", low=0, high=1), Column("rejected_score", low=0, high=1))
 # Columns that a batch has, where the dataset has them, beside those of a method
 COLUMNS = (LABEL, SCORE, WEIGHT, IS_SFT)
@@ -41,7 +43,7 @@ def complete_feedback(
         ValueError: The feedback contradicts itself, or does not do for the loss.
     """
     label, score = row.get("label"), row.get("score")
-    if label is not None and "chosen_score" in row:
+    if label is not None and score is None and "chosen_score" in row:  # with a score, it has been completed
         score = row["chosen_score" if label else "rejected_score"]
         label = None
     elif row.get("is_sft") is True and label is None and score is None:
@@ -70,6 +72,30 @@ def complete_feedback(
     return {"label": label, "score": float(label) if score is None and isinstance(label, bool) else score}
 
 
+def pair_lengths(row: Any, processing_class: Any, eos_token: str) -> dict[str, list[int]]:
+    """Return `pair_lengths`: the numbers of tokens of both responses of a pair, of which stored log-probabilities are sums."""
+    ids = pair_ids(row, processing_class, eos_token)
+    return {"pair_lengths": [len(ids["chosen_ids"]), len(ids["rejected_ids"])]}
+
+
+def ref_logps_of_label(row: Any) -> dict[str, Any]:
+    """Return the stored reference log-probability of a prepared row of an unpaired pair.
+
+    Raises:
+        ValueError: It is the sum over other tokens than those of the response: as a pair, both responses begin where the first
+            of them differs from the prompt's tokens, and one of them may alone.
+    """
+    index = 0 if row["label"] else 1
+    column, length = PAIR_REF_LOGPS[index].name, row["pair_lengths"][index]
+    if len(row["completion_ids"]) != length:
+        raise ValueError(
+            f"The column '{column}' is a sum over {length} tokens, and as a single response {row.get('completion')!r:.80} has "
+            f"{len(row['completion_ids'])}: the end of the prompt is tokenized together with the other response of the pair. "
+            "Make single responses of the pairs (`trl.unpair_preference_dataset`), and store the log-probabilities of those."
+        )
+    return {REF_LOGPS.name: row[column]}
+
+
 def check_unpaired_dataset(
     dataset: Any, name: str, columns: Sequence[Column], threshold: float, **feedback: bool
 ) -> None:
@@ -82,8 +108,8 @@ def check_unpaired_dataset(
         threshold: As in `complete_feedback`.
         feedback: Options of `complete_feedback`.
     """
-    row = next(iter(dataset), None)
-    if row is None:
+    row = first_row(dataset)
+    if not row:
         raise ValueError(f"`{name}` is empty: it has no rows. Check the split, and any filter applied before.")
     paired = is_paired(row)
     if paired:
@@ -108,7 +134,7 @@ def check_unpaired_dataset(
 def _numbers(dataset: Any, name: str, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     """The columns of each row of a map-style dataset, of the first row of a stream, and how messages call the row."""
     if not hasattr(dataset, "num_rows") or not columns:
-        row = next(iter(dataset))
+        row = first_row(dataset)
         yield f"`{name}`, first row", {column: row[column] for column in columns}
         return
     plain = dataset.with_format(None)
@@ -117,7 +143,12 @@ def _numbers(dataset: Any, name: str, columns: Sequence[str]) -> Iterator[tuple[
 
 
 def _check_pairs(dataset: Any, name: str, row: Any) -> None:
-    check_preference_dataset(dataset, name, PAIR_SCORES)
+    if "prompt_ids" in row:
+        raise ValueError(
+            f"`{name}` has pairs that are tokenized ('prompt_ids', 'chosen_ids', 'rejected_ids'), of which single responses "
+            "cannot be made. Drop these columns; the texts are tokenized anew."
+        )
+    check_preference_dataset(dataset, name, (*PAIR_SCORES, *PAIR_REF_LOGPS))
     if not {"prompt", "prompt_ids"} & set(row):
         check_implicit_prompts(dataset, name)
     if single := [column.name for column in (LABEL, SCORE, IS_SFT, REF_LOGPS) if column.name in row]:

@@ -48,8 +48,10 @@ from ..checks import (
     responses_differ,
 )
 from ..data.caching import versioned
+from ..data.rows import first_row
 from ..extension import ExtensionConfig
 from ..preference.collator import Column
+from ..preference.trainer import pair_ids
 from ..reference import ReferenceTrainer, check_ref_settings
 from ..trl_internals import (
     FusedTap,
@@ -58,7 +60,17 @@ from ..trl_internals import (
     kto_construction,
     preparation_options,
 )
-from .data import COLUMNS, REF_LOGPS, UnpairedCollator, check_unpaired_dataset, complete_feedback, is_paired
+from .data import (
+    COLUMNS,
+    PAIR_REF_LOGPS,
+    REF_LOGPS,
+    UnpairedCollator,
+    check_unpaired_dataset,
+    complete_feedback,
+    is_paired,
+    pair_lengths,
+    ref_logps_of_label,
+)
 
 
 # The others need lengths, which prompts and responses in two columns do not have
@@ -238,7 +250,7 @@ class UnpairedTrainer(ReferenceTrainer, KTOTrainer, ABC):
             }
             self.data_collator = UnpairedCollator(**options, columns=self._all_columns)
         else:
-            keys = {column.name: column.name for column in self._all_columns}
+            keys = {column.name: column.name for column in (*self._all_columns, REF_LOGPS)}
             check_collator(self.data_collator, self.train_dataset, keys, UnpairedCollator)
 
     # ---------------------------------------------------------------- what a method overrides
@@ -270,11 +282,21 @@ class UnpairedTrainer(ReferenceTrainer, KTOTrainer, ABC):
         if isinstance(dataset, Dataset):
             dataset = dataset.with_format(None)
         check_unpaired_dataset(dataset, name, (*self._all_columns, REF_LOGPS), **self._feedback)
-        row = next(iter(dataset))
+        row = first_row(dataset)
         for column in self.columns:
             if column.required and column.name not in row:
                 raise ValueError(f"`{name}` lacks the column '{column.name}'; its columns are {sorted(row)}. Add it.")
         super()._check_dataset(args, dataset, name, stored)
+
+    @property
+    def _ref_words(self) -> tuple[str, str, str]:
+        name, them, they_were = super()._ref_words
+        of_pairs = " and ".join(repr(column.name) for column in PAIR_REF_LOGPS)
+        return f"{name} (of pairs {of_pairs})", them, they_were
+
+    def _has_reference(self, dataset: Any) -> bool:
+        row = first_row(dataset)
+        return REF_LOGPS.name in row or (is_paired(row) and PAIR_REF_LOGPS[0].name in row)
 
     @property
     def _feedback(self) -> dict[str, Any]:
@@ -293,9 +315,9 @@ class UnpairedTrainer(ReferenceTrainer, KTOTrainer, ABC):
         probe = probe_of(dataset)
         differing = self._differing(probe)
         kept: Any = ()
-        if next(iter(differing), None) is not None:
+        if first_row(differing):
             prepared, kept = self._prepare_rows(differing, processing_class, args, dataset_name)
-        if next(iter(kept), None) is None:
+        if not first_row(kept):
             raise ValueError(_NO_ROWS.format(name=dataset_name, max_length=args.max_length))
         if isinstance(dataset, Dataset):
             _report_dropped(probe, differing, prepared, kept, dataset_name, self._drop_options(args))
@@ -304,7 +326,7 @@ class UnpairedTrainer(ReferenceTrainer, KTOTrainer, ABC):
 
     def _differing(self, dataset):
         """The dataset without the pairs whose responses are equal: they would be trained with both labels."""
-        row = next(iter(dataset))
+        row = first_row(dataset)
         if not is_paired(row) or "prompt_ids" in row:
             return dataset
         with global_then_local_main_first():
@@ -312,7 +334,12 @@ class UnpairedTrainer(ReferenceTrainer, KTOTrainer, ABC):
 
     def _prepare_rows(self, dataset, processing_class, args, dataset_name):
         """Return the tokenized dataset, and the same without the rows that cannot be trained."""
-        prepared, row = dataset, next(iter(dataset))
+        prepared, row = dataset, first_row(dataset)
+        stored = is_paired(row) and PAIR_REF_LOGPS[0].name in row
+        if stored:
+            options = {"processing_class": processing_class, "eos_token": self._tokenizer.eos_token}
+            with global_then_local_main_first():
+                dataset = dataset.map(versioned(pair_lengths, pair_ids), fn_kwargs=options)
         if is_paired(row) and "prompt_ids" not in row and isinstance(dataset, IterableDataset):
             # TRL unpairs by the thousand, good rows first, and the order of a stream is that of the training
             dataset = dataset if "prompt" in row else dataset.map(extract_prompt)
@@ -322,6 +349,8 @@ class UnpairedTrainer(ReferenceTrainer, KTOTrainer, ABC):
             name = {"train": "training"}.get(dataset_name, dataset_name)
             prepared = super()._prepare_dataset(dataset, processing_class, preparation_options(args), name)
         with global_then_local_main_first():
+            if stored:
+                prepared = prepared.map(versioned(ref_logps_of_label), remove_columns="pair_lengths")
             prepared = prepared.map(versioned(complete_feedback), fn_kwargs=self._feedback)
             return prepared, prepared.filter(versioned(_trainable, is_blank), fn_kwargs=self._drop_options(args))
 

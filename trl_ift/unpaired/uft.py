@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 
 from ..checks import check_choice, check_range
+from ..data.rows import first_row
 from ..hub.paper import arxiv_paper
 from .trainer import UnpairedBatch, UnpairedConfig, UnpairedTrainer
 
@@ -130,7 +131,7 @@ class UFTTrainer(UnpairedTrainer):
 
     def _check_dataset(self, args, dataset, name, stored):
         super()._check_dataset(args, dataset, name, stored)
-        if name == "train_dataset" and "is_sft" not in next(iter(dataset)) and args.sft_weight != 1:
+        if name == "train_dataset" and "is_sft" not in first_row(dataset) and args.sft_weight != 1:
             raise ValueError(
                 f"`sft_weight={args.sft_weight}` has no effect: `{name}` lacks the column 'is_sft', which marks "
                 "demonstrations. Add it, or drop the option."
