@@ -4,26 +4,34 @@
     python tests/mutants.py dpop chipo --jobs 2        # those of some methods
     python tests/mutants.py --file trl_ift/memory.py --tests tests/test_check.py
 
-Everything heavy is imported once; each mutant runs in a fork of that process, which sees the changed source and stops at the
-first test that fails. What survives is printed with its line. Outcomes are kept (`--output`): a run goes on where it was;
-they are those of a source and of its tests, and forgotten when either changes. Known survivors and why they are none:
-`EQUIVALENT`.
+The tests of a file are collected once. Each mutant runs in a fork of that process, in which the functions of the file get the
+changed code, and stops at the first test that fails: first come the tests that reach the changed line, quick ones before slow
+ones. What stands outside functions (defaults, constants) is changed by a fresh import of the package instead. What survives is
+printed with its line. Outcomes are kept (`--output`): a run goes on where it was; they are those of a source and of its tests,
+and forgotten when either changes. Known survivors and why they are none: `EQUIVALENT`.
 """
 
 import argparse
 import ast
 import copy
+import functools
 import hashlib
 import importlib.abc
 import importlib.util
+import inspect
 import json
 import os
 import signal
 import sys
+import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import CodeType, FunctionType
+
+import pytest
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -45,7 +53,7 @@ _NAMES = {"sum": "mean", "mean": "sum", "min": "max", "max": "min", "minimum": "
           "logsigmoid": "sigmoid", "relu": "abs", "clamp_min": "clamp_max", "clamp_max": "clamp_min", "chosen": "rejected",
           "rejected": "chosen", "exp": "abs", "expm1": "exp", "log1p": "log", "softmax": "log_softmax",
           "cumsum": "cumprod", "any": "all", "all": "any"}  # fmt: skip
-_TIMEOUT = 180
+_TIMEOUT = 240
 
 
 # ---------------------------------------------------------------- mutants
@@ -56,15 +64,22 @@ class Mutant:
     """A changed source.
 
     Attributes:
-        line: Number of the changed line.
+        line, last_line: Numbers of the lines of the changed statement (of one with a body: of its head).
+        in_function: Whether it stands in the body of a function.
         before, after: The statement before and after, unparsed.
         source: The whole module.
     """
 
     line: int
+    last_line: int
+    in_function: bool
     before: str
     after: str
     source: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.line}: {hashlib.sha256(self.source.encode()).hexdigest()[:12]}"
 
 
 def _changes(node: ast.AST) -> Iterator[ast.AST]:
@@ -109,7 +124,7 @@ def mutants_of(source: str) -> list[Mutant]:
     tree = ast.parse(source)
     found = []
 
-    def visit(parent: ast.AST, statement: ast.stmt) -> None:
+    def visit(parent: ast.AST, statement: ast.stmt, in_function: bool) -> None:
         for name, value in ast.iter_fields(parent):
             if name in ("annotation", "returns", "decorator_list"):
                 continue
@@ -120,14 +135,16 @@ def mutants_of(source: str) -> list[Mutant]:
                 if isinstance(child, ast.Assign) and ast.unparse(child.targets[0]) == "_paper":
                     continue
                 own = child if isinstance(child, ast.stmt) else statement
+                inside = in_function or (isinstance(parent, ast.FunctionDef) and name == "body")
                 for changed in _changes(child):
                     before = _text(own)
                     put(parent, name, index, changed)
                     after = _text(changed if own is child else own)
                     if after != before:
-                        found.append(Mutant(own.lineno, before, after, ast.unparse(ast.fix_missing_locations(tree))))
+                        changed_source = ast.unparse(ast.fix_missing_locations(tree))
+                        found.append(Mutant(own.lineno, _last_line(own), inside, before, after, changed_source))
                     put(parent, name, index, child)
-                visit(child, own)
+                visit(child, own, inside)
 
     def put(parent: ast.AST, name: str, index: int, child: ast.AST) -> None:
         if isinstance(getattr(parent, name), list):
@@ -135,7 +152,7 @@ def mutants_of(source: str) -> list[Mutant]:
         else:
             setattr(parent, name, child)
 
-    visit(tree, tree.body[0])
+    visit(tree, tree.body[0], False)
     return found
 
 
@@ -144,7 +161,53 @@ def _text(statement: ast.AST) -> str:
     return ast.unparse(ast.fix_missing_locations(copy.deepcopy(statement))).split("\n")[0]
 
 
-# ---------------------------------------------------------------- running
+def _last_line(statement: ast.stmt) -> int:
+    body = getattr(statement, "body", None)
+    return max(statement.lineno, body[0].lineno - 1) if body else statement.end_lineno or statement.lineno
+
+
+# ---------------------------------------------------------------- changing code
+
+
+def functions_of(source: str, path: Path) -> dict[str, CodeType]:
+    """The code of the functions and methods of a source, by qualified name: inner functions are part of theirs."""
+    found: dict[str, CodeType] = {}
+
+    def visit(code: CodeType) -> None:
+        for constant in code.co_consts:
+            if isinstance(constant, CodeType):
+                if constant.co_flags & inspect.CO_OPTIMIZED:
+                    found[constant.co_qualname] = constant
+                else:  # the body of a class
+                    visit(constant)
+
+    visit(compile(source, str(path), "exec"))
+    return found
+
+
+def _defined(namespace: dict[str, object], module: str) -> Iterator[FunctionType]:
+    """The functions and methods that a module defines, decorated or not."""
+    for value in list(namespace.values()):
+        if isinstance(value, type) and value.__module__ == module:
+            yield from _defined(dict(vars(value)), module)
+        elif isinstance(value, property):
+            yield from _defined({"fget": value.fget, "fset": value.fset}, module)
+        elif isinstance(value, staticmethod | classmethod):
+            yield from _defined({"function": value.__func__}, module)
+        elif isinstance(value, functools.cached_property):
+            yield from _defined({"function": value.func}, module)
+        elif hasattr(value, "__wrapped__"):
+            yield from _defined({"function": value.__wrapped__}, module)
+        elif isinstance(value, FunctionType) and value.__module__ == module:
+            yield value
+
+
+def put_code(module: str, source: str, path: Path) -> None:
+    """Give the functions of an imported module the code that another source has for them."""
+    codes = functions_of(source, path)
+    for function in _defined(vars(sys.modules[module]), module):
+        if function.__code__.co_qualname in codes:
+            function.__code__ = codes[function.__code__.co_qualname]
 
 
 class _Source(importlib.abc.MetaPathFinder, importlib.abc.Loader):
@@ -162,42 +225,137 @@ class _Source(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         exec(compile(self.source, str(self.path), "exec"), module.__dict__)
 
 
-def start(path: Path, source: str, arguments: list[str]) -> int:
-    """Run the tests with another source of a file in a fork; return its process id."""
+# ---------------------------------------------------------------- running
+
+
+def fork(work: Callable[[], int]) -> int:
+    """Start a process that does this in silence and exits with what it returns; return its id, also that of its group."""
     child = os.fork()
     if child:
         return child
-    os.setsid()
+    os.setpgid(0, 0)
     silent = os.open(os.devnull, os.O_WRONLY)
     os.dup2(silent, 1)
     os.dup2(silent, 2)
-    name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
-    sys.meta_path.insert(0, _Source(name, path, source))
-    import pytest
-
     try:
-        status = int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *arguments]))
+        status = int(work())
     except BaseException:
         status = 1
     os._exit(status)
 
 
-def survivors_of(path: Path, sources: Sequence[str], arguments: list[str], jobs: int) -> Iterator[tuple[int, bool]]:
-    """Whether the tests pass with each of the sources, as (index, outcome), in the order in which they end."""
-    waiting, running = list(enumerate(sources)), {}
-    while waiting or running:
-        while waiting and len(running) < jobs:
-            index, source = waiting.pop(0)
-            running[start(path, source, arguments)] = index, time.monotonic() + _TIMEOUT
-        for child, (index, deadline) in list(running.items()):
-            finished, status = os.waitpid(child, os.WNOHANG)
-            if not finished and time.monotonic() > deadline:  # without an end, which a test would wait for too
-                os.killpg(child, signal.SIGKILL)
-                finished, status = os.waitpid(child, 0)
-            if finished:
-                del running[child]
-                yield index, os.waitstatus_to_exitcode(status) == 0
-        time.sleep(0.05)
+def outcomes_of(works: dict[str, Callable[[], int]], jobs: int) -> Iterator[tuple[str, bool]]:
+    """Do each in a process of its own; give its name and whether it returned 0, in the order in which they end."""
+    waiting, running = list(works.items()), {}
+    try:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                name, work = waiting.pop(0)
+                running[fork(work)] = name, time.monotonic() + _TIMEOUT
+            for child, (name, deadline) in list(running.items()):
+                finished, status = os.waitpid(child, os.WNOHANG)
+                if not finished and time.monotonic() > deadline:  # without an end, which a test would wait for too
+                    os.killpg(child, signal.SIGKILL)
+                    finished, status = os.waitpid(child, 0)
+                if finished:
+                    del running[child]
+                    yield name, os.waitstatus_to_exitcode(status) == 0
+            time.sleep(0.01)
+    finally:
+        for child in running:
+            os.killpg(child, signal.SIGKILL)
+
+
+class Quick:
+    """The key that sorts collected tests: their files in the given order, in a file the quick ones first."""
+
+    def __init__(self, items: list, seconds: dict[str, float]):
+        self.files, self.seconds = list(dict.fromkeys(item.path for item in items)), seconds
+
+    def __call__(self, item) -> tuple[int, float]:
+        return self.files.index(item.path), self.seconds.get(item.nodeid, 0.0)
+
+
+class Sorted:
+    """A plugin of pytest that runs quick tests first.
+
+    Args:
+        seconds: How long each takes.
+    """
+
+    def __init__(self, seconds: dict[str, float]):
+        self.seconds = seconds
+
+    def pytest_collection_modifyitems(self, items) -> None:
+        items.sort(key=Quick(items, self.seconds))
+
+
+class Tests:
+    """A plugin of pytest: once the tests of a file are collected, run them for each mutant in a fork.
+
+    Args:
+        path: The file.
+        mutants: Its mutants.
+        jobs: Mutants at a time.
+        keep: Called with the name of each mutant and whether it survives.
+        found: File for what is learned of the tests: how long they take, and which lines they reach.
+    """
+
+    def __init__(self, path: Path, mutants: list[Mutant], jobs: int, keep: Callable[[str, bool], None], found: Path):
+        self.path, self.mutants, self.jobs, self.keep, self.found = path, mutants, jobs, keep, found
+        self.module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        self.here = False  # whether the tests are run in this process
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtestloop(self, session):
+        if self.here:
+            return None
+        _, status = os.waitpid(fork(functools.partial(self._record, session)), 0)
+        if status:
+            return True
+        seconds, self.reached = json.loads(self.found.read_text())
+        session.items.sort(key=Quick(session.items, seconds))
+        works = {mutant.name: functools.partial(self._try, mutant, session) for mutant in self.mutants}
+        for name, survives in outcomes_of(works, self.jobs):
+            self.keep(name, survives)
+        return True
+
+    def _try(self, mutant: Mutant, session) -> int:
+        """Run the tests in this fork, those that reach the mutant first."""
+        lines = set(range(mutant.line, mutant.last_line + 1))
+        session.items.sort(key=lambda item: lines.isdisjoint(self.reached[item.nodeid]))
+        put_code(self.module, mutant.source, self.path)
+        return self._run(session)
+
+    def _run(self, session) -> int:
+        self.here = True
+        session.config.hook.pytest_runtestloop(session=session)
+        return int(session.testsfailed > 0)
+
+    def _record(self, session) -> int:
+        """Run the tests with the unchanged file, and write down what is learned of them."""
+        import coverage
+
+        measured = coverage.Coverage(include=[str(self.path)], data_file=None, config_file=False)
+        reached, seconds = {}, defaultdict(float)
+
+        class Recorder:
+            def pytest_runtest_logstart(self, nodeid):
+                measured.switch_context(nodeid)
+
+            def pytest_runtest_logreport(self, report):
+                seconds[report.nodeid] += report.duration
+
+        session.config.pluginmanager.register(Recorder())
+        measured.start()
+        status = self._run(session)
+        measured.stop()
+        data = measured.get_data()
+        for item in session.items:
+            data.set_query_context(item.nodeid)
+            reached[item.nodeid] = data.lines(str(self.path)) or []
+        self.found.write_text(json.dumps([seconds, reached]))
+        return status
 
 
 def tests_of(name: str, path: Path) -> list[str]:
@@ -222,30 +380,52 @@ def digest(paths: list[Path]) -> str:
     return found.hexdigest()[:16]
 
 
+def with_source(path: Path, source: str, options: list[str], seconds: dict[str, float]) -> int:
+    """Run the tests with another source of a file, which is not yet imported."""
+    sys.meta_path.insert(0, _Source(".".join(path.relative_to(ROOT).with_suffix("").parts), path, source))
+    return pytest.main(options, [Sorted(seconds)])
+
+
 def run(path: Path, arguments: list[str], jobs: int, output: Path) -> list[Mutant]:
     """Try all mutants of a file; return those that survive."""
-    source = path.read_text()
+    source, options = path.read_text(), ["-x", "-q", "-p", "no:cacheprovider", *arguments]
     files = [Path(argument) for argument in arguments if argument.endswith(".py")]
-    label = str(path.relative_to(ROOT))
-    known = json.loads(output.read_text()) if output.is_file() else {}
+    label, mutants = str(path.relative_to(ROOT)), mutants_of(source)
     key = digest([path, *files])
-    outcomes = known[label]["outcomes"] if known.get(label, {}).get("key") == key else {}
-    if [outcome for _, outcome in survivors_of(path, [source], arguments, 1)] != [True]:
-        raise SystemExit(f"{label}: its tests fail without a change: pytest {' '.join(arguments)}")
-    mutants, survivors = mutants_of(source), []
-    names = [f"{mutant.line}: {hashlib.sha256(mutant.source.encode()).hexdigest()[:12]}" for mutant in mutants]
-    untried = [index for index, name in enumerate(names) if name not in outcomes]
-    try:
-        for position, outcome in survivors_of(path, [mutants[index].source for index in untried], arguments, jobs):
-            outcomes[names[untried[position]]] = outcome
-    finally:
-        known[label] = {"key": key, "outcomes": outcomes}
+    known = json.loads(output.read_text()) if output.is_file() else {}
+    if known.get(label, {}).get("key") != key:
+        known[label] = {"key": key, "outcomes": {}}
+    outcomes = known[label]["outcomes"]
+
+    def keep(name: str, survives: bool) -> None:
+        outcomes[name] = survives
         output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(known, indent=1))
-    for mutant, name in zip(mutants, names, strict=True):
-        if outcomes[name] and mutant.after not in EQUIVALENT:
-            survivors.append(mutant)
+        partial = output.with_suffix(".partial")
+        partial.write_text(json.dumps(known, indent=1))
+        partial.replace(output)
+
+    untried = [mutant for mutant in mutants if mutant.name not in outcomes]
+    inside = [mutant for mutant in untried if mutant.in_function]
+    with tempfile.TemporaryDirectory() as folder:
+        found = Path(folder) / "found.json"
+        if untried:  # in a process of its own: in this one the package is never imported
+            plugin = Tests(path, inside, jobs, keep, found)
+            os.waitpid(fork(lambda: pytest.main(options, [plugin])), 0)
+            if not found.is_file():
+                raise SystemExit(f"{label}: its tests fail without a change: pytest {' '.join(arguments)}")
+            outcomes.update(json.loads(output.read_text())[label]["outcomes"] if inside else {})
+            seconds, _ = json.loads(found.read_text())
+        works = {
+            m.name: functools.partial(with_source, path, m.source, options, seconds)
+            for m in untried
+            if not m.in_function
+        }
+        for name, survives in outcomes_of(works, jobs):
+            keep(name, survives)
+    for mutant in mutants:
+        if outcomes[mutant.name] and mutant.after not in EQUIVALENT:
             print(f"{label}:{mutant.line}\n  - {mutant.before}\n  + {mutant.after}", flush=True)
+    survivors = [m for m in mutants if outcomes[m.name] and m.after not in EQUIVALENT]
     print(f"{label}: {len(mutants) - len(survivors)} of {len(mutants)} mutants killed or explained", flush=True)
     return survivors
 
@@ -279,7 +459,6 @@ def main() -> int:
     os.environ["OMP_NUM_THREADS"] = "1"
     import datasets  # noqa: F401
     import peft  # noqa: F401
-    import pytest  # noqa: F401
     import torch
     from trl import DPOTrainer, KTOTrainer, RewardTrainer, SFTTrainer  # noqa: F401
 

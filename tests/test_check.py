@@ -554,20 +554,20 @@ def test_settings_with_an_effect_or_by_default():
 
 
 @pytest.mark.parametrize(
-    "argv",
+    ("method", "argv"),
     [
-        "--test_split_size 0.1",  # takes rows out of the training
-        "--hub_model_id me/model",  # the name in the model card
-        "--logging_strategy epoch --logging_steps 5 --eval_strategy steps",  # the steps of the evaluation
-        "--lr_scheduler_type constant_with_warmup --warmup_steps 5",
-        "--lr_scheduler_type constant --warmup_steps 0",
-        "--optim lion_8bit --adam_beta1 0.8",
-        "--train_sampling_strategy batch_rebalance --length_column_name n",
-        '--activation_checkpointing true --activation_checkpointing_kwargs {"use_reentrant":true}',
+        ("dpop", "--test_split_size 0.1"),  # takes rows out of the training
+        ("dpop", "--hub_model_id me/model"),  # the name in the model card
+        ("dpop", "--logging_strategy epoch --logging_steps 5 --eval_strategy steps"),  # the steps of the evaluation
+        ("dpop", "--lr_scheduler_type constant_with_warmup --warmup_steps 5"),
+        ("dpop", "--lr_scheduler_type constant --warmup_steps 0"),
+        ("dpop", "--optim lion_8bit --adam_beta1 0.8"),
+        ("ift", "--train_sampling_strategy batch_rebalance --length_column_name n"),
+        ("dpop", '--activation_checkpointing true --activation_checkpointing_kwargs {"use_reentrant":true}'),
     ],
 )
-def test_settings_that_are_right(argv):
-    assert unused("dpop", "--output_dir", "out", *argv.split()) == []
+def test_settings_that_are_right(method, argv):
+    assert unused(method, "--output_dir", "out", *argv.split()) == []
 
 
 def test_evaluation_before_the_first_step():
