@@ -520,14 +520,15 @@ def test_round_trip(encoder, decoder, tokenizer, bert_tokenizer, tmp_path):
         assert type(getattr(loaded, part)) is type(getattr(guide, part))
     batch = batch_of(SAMPLES, tokenizer, own)
     with torch.no_grad():
-        assert torch.equal(loaded.eval()(**batch).nll, guide.eval()(**batch).nll)
+        # Not bit for bit: sums depend on where the weights lie in memory
+        torch.testing.assert_close(loaded.eval()(**batch).nll, guide.eval()(**batch).nll)
 
     from_memory = LatentGuide(guide, tokenizer, own)
     from_disk = LatentGuide.from_pretrained(folder)
     assert type(from_disk.model) is GuideEncoder
     assert not hasattr(from_disk.model, "decoder")
     assert from_disk.describe() == from_memory.describe() == LatentGuide(loaded, tokenizer, own).describe()
-    assert torch.equal(from_disk.encode(SAMPLES), from_memory.encode(SAMPLES))
+    torch.testing.assert_close(from_disk.encode(SAMPLES), from_memory.encode(SAMPLES))
     low = LatentGuide.from_pretrained(str(folder), dtype="bfloat16", device="cpu")
     assert low.model.encoder.dtype == torch.bfloat16
     assert low.model.latent_head.mean.weight.dtype == torch.float32

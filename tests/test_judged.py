@@ -30,6 +30,7 @@ from trl_ift.study.judged import (
     proxies,
     score_judgments,
 )
+from trl_ift.study.statistics import paired_difference
 
 
 DATA = Path(os.environ.get("TRL_IFT_TEST_DATA", Path(__file__).parent.parent.parent / "shared" / "data")) / "eval"
@@ -895,7 +896,9 @@ def test_scores(tmp_path):
             "mt_bench/math": 6.5, "mt_bench/stem": 7.25, "mt_bench/unrated": 1 / 6,
         }
     )  # fmt: skip
-    assert scores["mt_bench/score"].items == (5, 9, 4, 6, 8.5)  # by question and turn
+    assert scores["mt_bench/score"].items == (5, 0, 9, 4, 6, 8.5)  # by question and turn
+    assert scores["mt_bench/score"].weights == (1, 0, 1, 1, 1, 1)
+    assert scores["mt_bench/math"].weights is None
     assert scores["mt_bench/unrated"].items == (0, 1, 0, 0, 0, 0)
     unrated = scores.pop("mt_bench/unrated")
     assert (unrated.unit, unrated.better, unrated.group) == ("share", "lower", "judge")
@@ -906,7 +909,9 @@ def test_scores(tmp_path):
     write(path, [row | {"judgment": "[[1]]"} for row in rows[::-1]])
     every = score_judgments(path)
     assert every["mt_bench/turn_1"].documents == scores["mt_bench/turn_1"].documents
-    assert every["mt_bench/score"].documents != scores["mt_bench/score"].documents  # one more
+    assert every["mt_bench/score"].documents == scores["mt_bench/score"].documents
+    compared = paired_difference([every["mt_bench/score"]], [scores["mt_bench/score"]])
+    assert (compared.value, compared.documents) == (pytest.approx(1 - 6.5), 6)
     assert every["mt_bench/unrated"].documents == unrated.documents
     write(path, [row for row in rows if row["question_id"] == 1 and row["turn"] == 2])
     with pytest.warns(UserWarning, match="1 of 1 judgments"):

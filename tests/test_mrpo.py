@@ -414,7 +414,8 @@ class TestTrainer:
             run.train()
         for ours, theirs in zip(logs(trainer), logs(plain), strict=True):
             for name, value in theirs.items():
-                assert ours[name] == pytest.approx(value, abs=2e-3), name
+                if name != "rewards/accuracies":  # at the start all margins are 0 but for rounding
+                    assert ours[name] == pytest.approx(value, abs=2e-3), name
             assert ours["mrpo/shift_chosen"] == pytest.approx(0, abs=1e-4)
 
     def test_metrics(self, tmp_path, tokenizer, other):

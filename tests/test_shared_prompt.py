@@ -265,7 +265,7 @@ class TestModels:
         size = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4}
         model = tiny.model("llama", tokenizer, **size).bfloat16()
         with torch.no_grad():
-            model.lm_head.weight *= 64
+            model.lm_head.weight *= 1024
         add_fused_lm_head(model, outputs=("log_probs", "entropy"))
         rows, pair = random_rows(tokenizer, longest=150)
         seen, measure = [], shared_prompt._difference

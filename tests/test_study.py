@@ -383,9 +383,10 @@ class TestBadInput:
         study.check()
         assert all(row["reference"] == row["chosen"] for row in study.rows)
 
-    @pytest.mark.parametrize("where", ["test", "task", "neutral", "sft"])
+    @pytest.mark.parametrize("where", ["test", "task", "neutral", "neutral answer", "sft"])
     def test_rows_that_are_trained_and_tested(self, inputs, tmp_path, where):
-        prompt = read_rows(inputs["train"])[0]["prompt"]
+        where, _, column = where.partition(" ")
+        prompt = read_rows(inputs["train"])[0]["chosen" if column else "prompt"]
         rows = {
             "test": [{"prompt": f" {prompt.upper()} ", "chosen": " a", "rejected": " b", "reference": " c"}],
             "task": [{"question": prompt, "answer": "1"}],

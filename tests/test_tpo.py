@@ -369,6 +369,12 @@ class TestAgainstFloat64:
         assert loss == pytest.approx(value, rel=2e-6)
         assert difference(found, expected) < 1e-5
 
+    def test_no_gamma(self, tmp_path, tokenizer):
+        trainer = trainer_of(tmp_path, tokenizer, loss_type="tpo-l", beta=2.0, tpo_l_gamma=0.0)
+        rows = tiny.triple_data().to_list()[:4]
+        value, _ = expected_of(trainer.model, tokenizer, rows, loss_type="tpo-l", beta=2.0)
+        assert loss_and_gradients(trainer)[0] == pytest.approx(value, rel=2e-6)
+
     @pytest.mark.parametrize("normalization", NORMALIZATIONS)
     def test_normalizations(self, tmp_path, tokenizer, normalization):
         trainer = trainer_of(tmp_path, tokenizer, data=uneven_triples(), nll_normalization=normalization)

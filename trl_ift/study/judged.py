@@ -619,7 +619,7 @@ def parse_rating(text: str) -> float:
 
 
 def score_judgments(judgments_file: File, *, model: str | None = None) -> dict[str, Measure]:
-    """Mean ratings, read anew from the judgments; those without a rating (-1) are left out, and counted.
+    """Mean ratings, read anew from the judgments; those without a rating (-1) have weight 0, and are counted.
 
     Args:
         judgments_file: What `judge_answers` wrote, complete, or FastChat's judgments.
@@ -654,10 +654,11 @@ def score_judgments(judgments_file: File, *, model: str | None = None) -> dict[s
         )
 
     def mean(what: str, **columns: Any) -> Measure:
-        chosen = [i for i, row in enumerate(rows) if ratings[i] != -1 and columns.items() <= row.items()]
-        title = f"MT-Bench rating by {judges[0]}, {what}"
-        of = [documents[i] for i in chosen]
-        return mean_of([ratings[i] for i in chosen], title, "judge", "score", "higher", documents=of)
+        chosen = [i for i, row in enumerate(rows) if columns.items() <= row.items()]
+        title, of = f"MT-Bench rating by {judges[0]}, {what}", [documents[i] for i in chosen]
+        rated = [float(ratings[i] != -1) for i in chosen]
+        values = [max(ratings[i], 0.0) for i in chosen]  # any number does where the weight is 0
+        return mean_of(values, title, "judge", "score", "higher", None if all(rated) else rated, documents=of)
 
     documents = [[row["question_id"], row["turn"]] for row in rows]
     measures = {"mt_bench/score": mean("both turns")}

@@ -525,8 +525,10 @@ class Study:
             "evaluation.neutral.data": held_out.neutral,
             **{f"evaluation.tasks.{task.name}": task.prompts for task in held_out.tasks},
         }
+        answers = {_print(row[name]): "data.train" for row in self.rows for name in ("chosen", "rejected")}
         for where, texts in tested.items():
-            found = [(text, trained[_print(text)]) for text in texts if _print(text) in trained]
+            known = answers | trained if where == "evaluation.neutral.data" else trained
+            found = [(text, known[_print(text)]) for text in texts if _print(text) in known]
             if found:
                 text, source = found[0]
                 raise StudyError(

@@ -331,7 +331,16 @@ class _Clock(TrainerCallback):
 
 
 def make_trainer(study: Study, start: Start, method: Any, source: str, config: Any, data: Any, **more: Any) -> Any:
-    """The trainer of a method, on the model in the folder or with the Hub id `source`."""
+    """The trainer of a method, on the model in the folder or with the Hub id `source`.
+
+    Raises:
+        StudyError: The process sees several GPUs, which would share each batch: a step would take as many times the rows.
+    """
+    if config.n_gpu > 1:
+        raise StudyError(
+            f"This process sees {config.n_gpu} GPUs, and a cell is trained on one: show it one with CUDA_VISIBLE_DEVICES=0, or "
+            "give each worker one with `--executor ray`."
+        )
     kwargs: dict[str, Any] = {"args": config, "train_dataset": data, "peft_config": study.peft_config(), **more}
     revision = start if source == start.model else None
     # By its path: of a model in memory, TRL would load the reference from where that model once came from
