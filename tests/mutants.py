@@ -5,10 +5,10 @@
     python tests/mutants.py --file trl_ift/memory.py --tests tests/test_check.py
 
 The tests of a file are collected once. Each mutant runs in a fork of that process, in which the functions of the file get the
-changed code, and stops at the first test that fails: first come the tests that reach the changed line, quick ones before slow
-ones. What stands outside functions (defaults, constants) is changed by a fresh import of the package instead. What survives is
-printed with its line. Outcomes are kept (`--output`): a run goes on where it was; they are those of a source and of its tests,
-and forgotten when either changes. Known survivors and why they are none: `EQUIVALENT`.
+changed code: the tests that reach the changed line, quick ones before slow ones, until one fails. What stands outside functions
+(defaults, constants) is changed by a fresh import of the package instead. What survives is printed with its line. Outcomes are
+kept (`--output`): a run goes on where it was; they are those of a source and of its tests, and forgotten when either changes.
+Known survivors and why they are none: `EQUIVALENT`.
 """
 
 import argparse
@@ -321,9 +321,9 @@ class Tests:
         return True
 
     def _try(self, mutant: Mutant, session) -> int:
-        """Run the tests in this fork, those that reach the mutant first."""
+        """Run the tests that reach the mutant in this fork."""
         lines = set(range(mutant.line, mutant.last_line + 1))
-        session.items.sort(key=lambda item: lines.isdisjoint(self.reached[item.nodeid]))
+        session.items[:] = [item for item in session.items if not lines.isdisjoint(self.reached[item.nodeid])]
         put_code(self.module, mutant.source, self.path)
         return self._run(session)
 
@@ -361,7 +361,7 @@ class Tests:
 def tests_of(name: str, path: Path) -> list[str]:
     """Arguments of pytest for the tests of a method, the quick ones first."""
     own = ROOT / "tests" / f"test_{path.stem}.py"
-    ids = [f"{ROOT}/tests/{file}" for file in ("test_pure_losses.py", "test_family.py")]
+    ids = [f"{ROOT}/tests/{file}" for file in ("test_ranges.py", "test_pure_losses.py", "test_family.py")]
     selected = (
         [str(own)] if own.is_file() else [str(p) for p in sorted((ROOT / "tests").glob(f"test_{path.stem}*.py"))]
     )

@@ -126,6 +126,25 @@ def test_known_losses(name, tokenizer):
         assert found.loss["measured"] == pytest.approx(expected, abs=1e-4)
 
 
+def test_references(tokenizer):
+    """A model that is passed, and the copy of an adapter that is trained further."""
+    arguments = arguments_of(get_method("dpop"), tokenizer, data=tiny.preference_data())
+    found = inspect_training(DPOPTrainer, **arguments, ref_model=tiny.model("llama", tokenizer))
+    assert found.reference["kind"] == "the model that was passed"
+    model = get_peft_model(tiny.model("llama", tokenizer), LoraConfig(r=2, target_modules="all-linear"))
+    found = inspect(get_method("dpop"), tokenizer, model=model, data=tiny.preference_data())
+    assert found.reference["kind"] == "copy of the adapter"
+    assert found.loss["measured"] == pytest.approx(LN2)
+
+
+def test_loss_that_is_no_number(tokenizer):
+    model = tiny.model("llama", tokenizer)
+    with torch.no_grad():
+        model.lm_head.weight[0] = math.nan
+    (error,) = inspect(get_method("dpop"), tokenizer, model=model).errors
+    assert error == "The loss of the first micro-batch is nan. Check the model, its dtype and the data."
+
+
 @pytest.mark.parametrize("name", ["minor-dpo", "dpop", "ift", "exo", "mpo", "eurus-reward", "ulma"])
 def test_without_the_model(name, tokenizer, tmp_path):
     """All but the loss is the same, and no weights are read."""
@@ -472,6 +491,7 @@ def test_mask_of_the_largest_batch(attention, places, tokenizer):
 
 def test_optimizers():
     sizes = {"adamw_torch_fused": 800, "adamw_8bit": 200, "sgd": 0, "adafactor": 0, "lion_32bit": 400, "rmsprop": 400}
+    sizes |= {"adamw_torch_4bit": 100, "lion_8bit": 100}
     for name, expected in sizes.items():
         assert optimizer_bytes(name, 400, 100) == expected, name
 
@@ -732,6 +752,38 @@ def test_self_play_that_goes_on(model_dir, tokenizer, capsys):
     assert found["reference"]["kind"].startswith("precomputed")
     assert found["loss"]["measured"] == pytest.approx(LN2)
     assert "a training command keeps it" not in capsys.readouterr().out
+
+
+def test_help(capsys):
+    for argv, code in ((["--help"], 0), ([], 2)):
+        with pytest.raises(SystemExit) as stop:
+            check.split_method(argv)
+        assert stop.value.code == code
+        assert "Methods: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["dpop", "--rows", "-1"], "`--rows -1` must be at least 0"),
+        (["spin", "--no_model"], "`--no_model` cannot check self-play: its rejected answers are the model's own"),
+    ],
+)
+def test_options_of_the_check(argv, message, model_dir, capsys):
+    tiny.prompt_completion_data().to_json("data.jsonl")
+    options = ["--model_name_or_path", model_dir, "--dataset_name", "data.jsonl", "--output_dir", "out"]
+    assert check.run([*argv, *options]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_text_of_what_does_not_fit(tokenizer):
+    data = tiny.preference_data().to_iterable_dataset()
+    found = inspect(get_method("dpop"), tokenizer, data=data, max_steps=2).to_dict()
+    text = check.rendered(found | {"warnings": ["a warning of TRL"]})
+    assert f"a stream; the first {found['data']['looked_at']} rows:" in text
+    assert "a warning of TRL" in text
+    assert "That does not fit." not in text
+    assert "That does not fit." in check.rendered(found | {"memory": found["memory"] | {"available": 1}})
 
 
 def test_interrupted(run_file, monkeypatch):

@@ -44,7 +44,7 @@ from ..stages import as_json, free_memory, last_checkpoint, say, train_and_save,
 from .evaluate import PARTS, StartScores, evaluate_part, measures_to_json, score_start
 from .measures import Measure, digest_of
 from .methods import SEQUENCES, as_chat, get_study_method, options_of, training_rows
-from .plan import Arm, Cell, Start, Study
+from .plan import Arm, Cell, Start, Study, StudyError
 
 
 EXECUTORS = ("in-process", "ray")
