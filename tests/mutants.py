@@ -267,13 +267,16 @@ def outcomes_of(works: dict[str, Callable[[], int]], jobs: int) -> Iterator[tupl
 
 
 class Quick:
-    """The key that sorts collected tests: their files in the given order, in a file the quick ones first."""
+    """The key that sorts collected tests: files of quick tests first, and so within a file."""
 
     def __init__(self, items: list, seconds: dict[str, float]):
-        self.files, self.seconds = list(dict.fromkeys(item.path for item in items)), seconds
+        self.seconds, of_files = seconds, defaultdict(list)
+        for item in items:
+            of_files[item.path].append(seconds.get(item.nodeid, 0.0))
+        self.means = {path: sum(times) / len(times) for path, times in of_files.items()}
 
-    def __call__(self, item) -> tuple[int, float]:
-        return self.files.index(item.path), self.seconds.get(item.nodeid, 0.0)
+    def __call__(self, item) -> tuple[float, str, float]:
+        return self.means[item.path], str(item.path), self.seconds.get(item.nodeid, 0.0)
 
 
 class Sorted:
@@ -359,18 +362,17 @@ class Tests:
 
 
 def tests_of(name: str, path: Path) -> list[str]:
-    """Arguments of pytest for the tests of a method, the quick ones first."""
+    """Arguments of pytest for the tests of a method."""
     own = ROOT / "tests" / f"test_{path.stem}.py"
     ids = [f"{ROOT}/tests/{file}" for file in ("test_ranges.py", "test_pure_losses.py", "test_family.py")]
     selected = (
         [str(own)] if own.is_file() else [str(p) for p in sorted((ROOT / "tests").glob(f"test_{path.stem}*.py"))]
     )
-    if path.parent.name == "unpaired":
-        selected.append(f"{ROOT}/tests/test_unpaired.py")
-    words = {name, path.stem, path.stem.replace("_", "-")}
-    return [*selected, *ids, f"{ROOT}/tests/test_methods.py", "-m", "not slow", "-k", " or ".join(
-        sorted({f"test_{path.stem}", *words, *(["test_unpaired"] if path.parent.name == "unpaired" else [])})
-    )]  # fmt: skip
+    extra = {"unpaired": ["test_unpaired"], "supervised": ["test_bad_input"]}.get(path.parent.name, [])
+    selected += [f"{ROOT}/tests/{stem}.py" for stem in extra]
+    words = {name, path.stem, path.stem.replace("_", "-"), f"test_{path.stem}", *extra}
+    last = f"{ROOT}/tests/test_methods.py"
+    return [*selected, *ids, last, "-m", "not slow", "-k", " or ".join(sorted(words))]
 
 
 def digest(paths: list[Path]) -> str:

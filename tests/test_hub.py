@@ -19,7 +19,11 @@ import pytest
 import tiny
 from hub_server import HubServer
 from huggingface_hub import EvalResult, HfApi, ModelCard
+from peft import LoraConfig, PromptTuningConfig
+from transformers import BitsAndBytesConfig
 
+from trl_ift import IFTConfig, IFTTrainer, extension
+from trl_ift.extension import _quantization_summary, adapter_summary
 from trl_ift.hub.card import build_model_card, check_model_card, library_versions
 
 
@@ -281,6 +285,96 @@ def test_every_saved_folder_is_safe_to_share(peft, hub_base_model, model_dir, tm
 # ---------------------------------------------------------------- pushes
 
 
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"), "LORA, rank 4, alpha 8, on all-linear"),
+        (
+            LoraConfig(r=4, lora_alpha=8, target_modules=["a.q_proj", "b.q_proj"], modules_to_save=["lm_head"]),
+            "LORA, rank 4, alpha 8, on q_proj, and trained whole: lm_head",
+        ),
+        (PromptTuningConfig(num_virtual_tokens=4), "PROMPT_TUNING"),
+    ],
+    ids=["pattern", "names", "prompt"],
+)
+def test_adapters_in_a_few_words(config, expected):
+    assert adapter_summary(config) == expected
+
+
+def test_quantizations_in_a_few_words():
+    four = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    assert _quantization_summary(four) == "bitsandbytes 4-bit nf4, double quantization"
+    assert _quantization_summary(BitsAndBytesConfig(load_in_8bit=True)) == "bitsandbytes 8-bit"
+    assert _quantization_summary({"quant_method": "gptq", "bits": 4}) == "gptq"
+
+
+class Uploads:
+    """In the place of a Hub: what was uploaded, by a job that is `busy` or has failed with `error`."""
+
+    def __init__(self, busy=False, error=None):
+        self.calls, self.busy, self.error = [], busy, error
+
+    def upload_folder(self, **options):
+        self.calls.append((Path(options["folder_path"]).name, options.get("path_in_repo")))
+        return self
+
+    def done(self):
+        return not self.busy
+
+    def exception(self):
+        return self.error
+
+
+@pytest.fixture
+def pushing(tmp_path, model_dir, monkeypatch):
+    """A trainer that pushes checkpoints: a function of its strategy and the uploads."""
+
+    def make(strategy, uploads, **settings):
+        args = IFTConfig(
+            str(tmp_path / "run"), use_cpu=True, bf16=False, report_to="none", hub_strategy=strategy, **settings
+        )
+        trainer = IFTTrainer(model_dir, args, train_dataset=tiny.text_data())
+        trainer.hub_model_id, trainer.push_in_progress = "user/model", None  # as `push_to_hub=True` sets them
+        monkeypatch.setattr(extension, "HfApi", lambda: uploads)
+        (tmp_path / "run" / "checkpoint-2").mkdir(parents=True)
+        trainer._push_from_checkpoint(str(tmp_path / "run" / "checkpoint-2"))
+        return trainer
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("strategy", "expected"),
+    [
+        ("end", []),
+        ("every_save", [("run", None)]),
+        ("checkpoint", [("run", None), ("checkpoint-2", "last-checkpoint")]),
+        ("all_checkpoints", [("run", None), ("checkpoint-2", "checkpoint-2")]),
+    ],
+)
+def test_strategies_of_pushing(strategy, expected, pushing):
+    uploads = Uploads()
+    pushing(strategy, uploads)
+    assert uploads.calls == expected
+
+
+@pytest.mark.parametrize("always", [False, True])
+def test_a_push_while_another_runs(always, pushing):
+    uploads = Uploads(busy=True)
+    trainer = pushing("every_save", uploads, hub_always_push=always)
+    trainer.push_in_progress.wait_until_done = lambda: None
+    trainer._push_from_checkpoint(str(Path(trainer.args.output_dir) / "checkpoint-2"))
+    assert len(uploads.calls) == 1 + always
+
+
+def test_a_push_that_fails_is_reported(pushing, caplog):
+    trainer = pushing("every_save", Uploads(error=OSError("the disk of the Hub is full")))
+    with caplog.at_level("WARNING"):
+        trainer._finish_current_push()
+    assert "A push to the Hub during training failed: the disk of the Hub is full" in caplog.text
+    assert trainer.push_in_progress is None
+
+
 class Pushed(NamedTuple):
     """What the training process left behind."""
 
@@ -291,11 +385,9 @@ class Pushed(NamedTuple):
 
 def train_and_push(folder: Path) -> None:
     """Train an adapter and a full model, push both, then run the code of the cards as the Hub shows it."""
-    from peft import LoraConfig, get_peft_model_state_dict
+    from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
     from transformers.utils import logging
-
-    from trl_ift import IFTConfig, IFTTrainer
 
     logging.set_verbosity_info()
     token = os.environ["TEST_HUB_TOKEN"]
