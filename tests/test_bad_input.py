@@ -112,6 +112,7 @@ class TestConfig:
         assert (preset.optim, preset.lr_scheduler_type, preset.learning_rate) == ("rmsprop", "cosine", 5e-7)
         assert preset.per_device_train_batch_size * preset.gradient_accumulation_steps == 512
         assert preset.get_warmup_steps(100) == 15
+        assert IFTConfig.official(str(tmp_path), use_cpu=True, bf16=False).max_length == 1024
         assert (preset.num_train_epochs, preset.max_grad_norm, preset.max_length) == (3, 10.0, 512)
         for ablation in (
             {"ift_propagation": "none"},

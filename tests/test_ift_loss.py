@@ -8,6 +8,7 @@ import torch
 from trl_ift.supervised.ift import (
     GRADS,
     NORMS,
+    _mix_seeds,
     discounted_future_sum,
     fuse_embeddings,
     ift_document_loss,
@@ -373,6 +374,11 @@ class TestExtremes:
             exact[t] = values[0, t].double() + 0.95 * ahead
         torch.testing.assert_close(found.double(), exact, rtol=1e-6, atol=1e-6)
 
+    @pytest.mark.parametrize("shape", [(7,), (2, 7), (2, 3, 7)])
+    def test_any_leading_dimensions(self, shape):
+        found = discounted_future_sum(torch.ones(shape), torch.zeros(shape, dtype=torch.long), 1.0)
+        assert torch.equal(found, torch.arange(7.0, 0.0, -1.0).expand(shape))
+
 
 class TestLambda:
     def test_constant_and_linear(self):
@@ -388,6 +394,18 @@ class TestLambda:
         # 0.2 + 0.1 z, of which the clamp at 0 cuts 2.3 %
         assert sum(draw) / len(draw) == pytest.approx(0.2, abs=0.01)
         assert torch.tensor(draw).std().item() == pytest.approx(0.1, abs=0.01)
+
+    def test_noise_leaves_lambda_between_0_and_1(self):
+        draw = [lambda_at_step(step, 0.5, noise_std=10.0) for step in range(200)]
+        assert min(draw) == 0
+        assert max(draw) == 1
+
+    def test_seeds_stay_those_of_earlier_releases(self):
+        assert [_mix_seeds(0, 0), _mix_seeds(1, 2), _mix_seeds(42, 7, 3)] == [
+            1876011003808476466,
+            8240147227655269473,
+            2658020928085787537,
+        ]
 
     def test_fusing_equal_embeddings_is_bitwise_the_same(self):
         embeddings = torch.randn(50, 8, generator=torch.Generator().manual_seed(0))

@@ -25,7 +25,7 @@ from trl_ift.study.costs import measure_costs
 from trl_ift.study.evaluate import PARTS, StartScores, evaluate_part, forward_kl, is_right, pair_measures
 from trl_ift.study.measures import Measure, mean_of
 from trl_ift.study.methods import KNOWN, as_chat, get_study_method, training_rows, unpaired_rows
-from trl_ift.study.plan import Study, StudyError
+from trl_ift.study.plan import Study, StudyError, model_identity
 from trl_ift.study.run import collect_results, load_trained, make_trainer, print_commands, run_cell, run_study
 from trl_ift.trl_internals import FusedCausalLMOutput
 
@@ -202,6 +202,22 @@ def test_as_chat():
 # ---------------------------------------------------------------- the plan
 
 
+def test_a_model_is_known_by_its_content(inputs, tmp_path):
+    """A folder that is moved is the same model; one changed byte of large weights makes another one."""
+    known = []
+    for name, byte in (("a", 0), ("b", 0), ("c", 1)):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+        weights = bytearray(5 * 2**20)  # above the size that is read whole
+        weights[-1] = byte
+        (folder / "model.safetensors").write_bytes(weights)
+        known.append(model_identity(str(folder)))
+    assert known[0] == known[1] != known[2]
+    with pytest.raises(StudyError, match="The model `no/such-model` is no folder, and cannot be found on the Hub"):
+        model_identity("no/such-model")
+
+
 class TestGrid:
     def test_subsets_are_nested(self, inputs, tmp_path):
         study = Study(settings(inputs, tmp_path))
@@ -355,11 +371,54 @@ class TestBadInput:
             ({"starts": {"a": {"modl": "x"}}}, r"starts.a: unknown key 'modl'. Did you mean `model`\?"),
             ({"starts": {"a": {"chat": True}}}, "`starts.a` names no `model`"),
             ({"model": {"dtyp": "x"}}, r"unknown key 'dtyp'. Did you mean `dtype`\?"),
+            ({"seeds": 3}, "`seeds: 3` must be a list"),
+            ({"evaluation": {"neutral": {"column": "text"}}}, "`evaluation.neutral` names no `data`"),
+            ({"evaluation": {"lm_eval": {"limit": 3}}}, "`evaluation.lm_eval` names no `tasks`"),
+            (
+                {"evaluation": {"tasks": [{"name": "x", "reasoning_gym": "no_such_dataset"}]}},
+                "`evaluation.tasks.x`: reasoning-gym cannot make 'no_such_dataset' with",
+            ),
         ],
     )
     def test_settings(self, inputs, tmp_path, changes, message):
         with pytest.raises((ValueError, TypeError), match=message):
             Study(settings(inputs, tmp_path, **changes)).check()
+
+    def test_data_without_a_name(self, inputs, tmp_path):
+        data = {name: inputs[name] for name in ("test", "sft")}
+        with pytest.raises(StudyError, match="`data:` names no `train` dataset. Add `data: {train: FILE}`"):
+            _ = Study(settings(inputs, tmp_path, data=data)).rows
+        with pytest.raises(
+            StudyError, match=r"`data.train` .* names no dataset. Add `name`: a file, a folder or a Hub id"
+        ):
+            _ = Study(settings(inputs, tmp_path, data=data | {"train": {"split": "train"}})).rows
+        data = {name: inputs[name] for name in ("train", "sft")}
+        with pytest.raises(StudyError, match="`evaluation.pairs` needs held-out rows. Add `data: {test: FILE}`"):
+            _ = Study(settings(inputs, tmp_path, data=data)).held_out
+
+    def test_rows_of_an_sft_start(self, inputs, tmp_path):
+        starts = {"sft": {"model": inputs["model"], "sft": {"rows": 13}}}
+        with pytest.raises(StudyError, match=r"`starts.sft.sft.rows: 13`, but `data.sft` \(.*\) has 12. Lower it"):
+            Study(settings(inputs, tmp_path, starts=starts)).check()
+
+    def test_pairs_of_equal_answers(self, inputs, tmp_path):
+        rows = [row | {"rejected": row["chosen"]} for row in read_rows(inputs["train"])]
+        changed = inputs | {"train": write_rows(tmp_path / "equal.jsonl", rows)}
+        with pytest.raises(StudyError, match=r"No row of `data.train` .* has two different answers"):
+            _ = Study(settings(changed, tmp_path)).rows
+
+    def test_a_column_that_is_not_there(self, inputs, tmp_path):
+        rows = [{"prompt": row["prompt"], "chosen": row["chosen"]} for row in read_rows(inputs["train"])]
+        changed = inputs | {"train": write_rows(tmp_path / "no.jsonl", rows)}
+        with pytest.raises(
+            StudyError, match="lacks the column 'rejected'; its columns are .'chosen', 'prompt'.. Rename"
+        ):
+            _ = Study(settings(changed, tmp_path)).rows
+
+    def test_judges_need_their_settings(self, inputs, tmp_path):
+        judged = {"questions": inputs["task"], "judge": "client"}
+        with pytest.raises(StudyError, match="`evaluation.judged.judge: client` needs `model`"):
+            Study(settings(inputs, tmp_path, evaluation={"judged": judged})).check()
 
     def test_starts(self, inputs, tmp_path):
         starts = {"a": {"model": str(tmp_path)}}

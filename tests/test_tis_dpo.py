@@ -1,5 +1,6 @@
 """TIS-DPO: token columns, the weighted loss, and the weights that a positive and a negative model give."""
 
+import copy
 import math
 import os
 
@@ -603,6 +604,15 @@ def test_prompts(models, tokenizer):
     np.testing.assert_allclose(found["rejected_weights"], expected, rtol=1e-4)
 
 
+def test_prompts_join_a_system_message():
+    messages = [{"role": "system", "content": "Be short."}, {"role": "user", "content": "Hi"}]
+    assert module._with_text(messages, "Be good.") == [
+        {"role": "system", "content": "Be good.\n\nBe short."},
+        {"role": "user", "content": "Hi"},
+    ]
+    assert messages[0]["content"] == "Be short."
+
+
 def test_adapters(models, tmp_path, tokenizer):
     """Two adapters of one base, by name."""
     from peft import LoraConfig, get_peft_model
@@ -696,6 +706,11 @@ class TestBadEstimation:
             ({"negative": None, "positive_prompt": "x", "negative_prompt": "x"}, ValueError, "there is no contrast"),
             ({"positive_prompt": "x"}, ValueError, "are for one model, and two are given"),
             ({"negative": "positive"}, ValueError, "`positive` and `negative` are the same model"),
+            (
+                {"negative": None, "positive_prompt": "x", "negative_prompt": "y", "negative_adapter": "z"},
+                ValueError,
+                "`negative_adapter` has no effect without a `negative` model",
+            ),
             ({"max_length": 0}, ValueError, "`max_length=0` is out of range"),
             ({"shard_size": 0}, ValueError, "`shard_size=0` is out of range"),
         ],
@@ -715,6 +730,54 @@ class TestBadEstimation:
         long = Dataset.from_list([{"prompt": "a", "chosen": "Z" * 600, "rejected": "b"}])
         with pytest.raises(ValueError, match="1 of 1 pairs are longer than the context of the model, 512 tokens"):
             estimate_token_weights(long, *both, **options)
+
+    def test_prompts_before_token_ids(self, models, tokenizer):
+        _, loaded = models
+        texts = tiny.preference_data()
+        ids = texts.map(
+            lambda row: module.pair_ids(row, tokenizer, tokenizer.eos_token), remove_columns=texts.column_names
+        )
+        with pytest.raises(ValueError, match="holds token ids and no texts, which a prompt cannot be put before"):
+            estimate_token_weights(
+                ids, loaded["positive"], processing_class=tokenizer, positive_prompt="x", negative_prompt="y"
+            )
+        ids = [ids[0] | {"rejected_ids": [3, 10**6]}]
+        with pytest.raises(ValueError, match=r"row 0 has the token id 1000000, and the positive model has \d+ tokens"):
+            estimate_token_weights(
+                Dataset.from_list(ids), loaded["positive"], loaded["negative"], processing_class=tokenizer
+            )
+
+    def test_a_tokenizer_without_an_end(self, models):
+        _, loaded = models
+        endless = tiny.tokenizer()
+        endless.eos_token = None
+        with pytest.raises(ValueError, match="no end-of-sequence token, which responses end with"):
+            estimate_token_weights(
+                tiny.preference_data(), loaded["positive"], loaded["negative"], processing_class=endless
+            )
+
+    def test_log_probabilities_that_are_not_finite(self, models, tokenizer):
+        _, loaded = models
+        broken = copy.deepcopy(loaded["negative"])
+        torch.nn.init.constant_(broken.get_input_embeddings().weight, math.inf)
+        with pytest.raises(ValueError, match="the negative model gives a token of the chosen response a log-probab"):
+            estimate_token_weights(tiny.preference_data(), loaded["positive"], broken, processing_class=tokenizer)
+
+    def test_a_template_that_depends_on_the_system_message(self, models):
+        _, loaded = models
+        odd = tiny.tokenizer()
+        odd.chat_template = (
+            "{% for message in messages %}{% if message.role == 'assistant' and messages[0].role == 'system' %}"
+            "{{ message.content | upper }}{% else %}{{ message.content }}{% endif %}{% endfor %}"
+        )
+        with pytest.raises(ValueError, match="Behind the positive prompt the chosen response has other tokens than"):
+            estimate_token_weights(
+                tiny.conversational_preference_data(),
+                loaded["positive"],
+                processing_class=odd,
+                positive_prompt="Be good.",
+                negative_prompt="Be bad.",
+            )
 
     def test_options_of_named_models(self, models, tokenizer):
         _, loaded = models

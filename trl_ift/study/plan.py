@@ -838,7 +838,9 @@ def _load_rows(source: Any, where: str, wanted: Sequence[str] = ("test", "valida
     """The rows of a file, a folder or a Hub dataset: its name, or `name`, `config` and `split`."""
     given = {"name": source} if isinstance(source, str) else _mapping(source, where)
     _check_keys(given, ("name", "config", "split"), where)
-    splits = load_named(str(given.get("name")), given.get("config"))
+    if not given.get("name"):
+        raise StudyError(f"{where} names no dataset. Add `name`: a file, a folder or a Hub id.")
+    splits = load_named(str(given["name"]), given.get("config"))
     names = [given["split"]] if "split" in given else list(splits) if len(splits) == 1 else wanted
     split = next((name for name in names if name in splits), None)
     if split is None:
@@ -846,7 +848,7 @@ def _load_rows(source: Any, where: str, wanted: Sequence[str] = ("test", "valida
             f"{where} has no split {' or '.join(map(repr, names))}; it has: {', '.join(map(repr, splits))}. Name one: "
             "`{name: ..., split: ...}`."
         )
-    check_encoding(splits[split], str(given.get("name")))
+    check_encoding(splits[split], str(given["name"]))
     rows = list(splits[split])
     if not rows:
         raise StudyError(f"{where}, split {split!r}, has no rows.")
