@@ -416,7 +416,8 @@ class TestBadInput:
             _ = Study(settings(changed, tmp_path)).rows
 
     def test_judges_need_their_settings(self, inputs, tmp_path):
-        judged = {"questions": inputs["task"], "judge": "client"}
+        question = {"question_id": 1, "category": "writing", "turns": ["Write a line.", "Another."]}
+        judged = {"questions": write_rows(tmp_path / "questions.jsonl", [question]), "judge": "client"}
         with pytest.raises(StudyError, match="`evaluation.judged.judge: client` needs `model`"):
             Study(settings(inputs, tmp_path, evaluation={"judged": judged})).check()
 
