@@ -91,6 +91,16 @@ def test_methods_table(columns, capsys, monkeypatch):
         assert f"arXiv:{method.paper}" in words
 
 
+def test_a_reader_that_ends_early():
+    """As `trl-ift methods | head -0` does."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "trl_ift.cli", "methods"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    assert process.wait() == 0
+
+
 def test_methods_as_markdown(capsys):
     assert main(["methods", "--markdown"]) == 0
     assert capsys.readouterr().out.strip() == f"{methods_table()}\n\n{symptoms_table()}"

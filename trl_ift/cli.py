@@ -71,10 +71,14 @@ def main(argv: list[str] | None = None) -> int:
         hint = f"Did you mean `trl-ift {near[0]}`?" if near else f"The commands are: {', '.join(known)}."
         parser.exit(2, f"trl-ift: error: unknown command {command!r}. {hint}\n")
     args = parser.parse_args(argv)
-    if args.command == "methods":
-        print(f"{methods_table()}\n\n{symptoms_table()}" if args.markdown else _terminal_table())
-    elif args.command == "env":
-        _print_env()
+    try:
+        if args.command == "methods":
+            print(f"{methods_table()}\n\n{symptoms_table()}" if args.markdown else _terminal_table())
+        elif args.command == "env":
+            _print_env()
+        sys.stdout.flush()
+    except BrokenPipeError:  # what reads has ended, as `head` does; Python would flush once more at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 
