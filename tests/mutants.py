@@ -40,6 +40,9 @@ EQUIVALENT: dict[str, str] = {
     # ift.py
     "if noise_std >= 0:": "noise of deviation 0 adds 0",
     "while shift <= length:": "a shift by the whole length adds nothing",
+    # tis_dpo.py
+    "CHOSEN_WEIGHTS = TokenColumn('chosen_weights', required=False, response='chosen')": "the trainer asks for it first",
+    "REJECTED_WEIGHTS = TokenColumn('rejected_weights', required=False, response='rejected')": "so it does for this one",
     # aligned_sft.py
     "near, far = (x.clamp(min=-math.log(3)), x.clamp(max=-math.log(2)))": "the value is taken for x > -log 2 alone",
     "return torch.where(x >= -math.log(2), torch.log(-torch.expm1(near)), torch.log1p(-torch.exp(far)))": (

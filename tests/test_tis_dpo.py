@@ -231,6 +231,10 @@ def test_loss_and_gradients(tmp_path, tokenizer, settings):
     assert difference(found, gradients(twin)) < 2e-5
     rewards = [trainer._metrics["train"][f"rewards/{kind}"][-1] for kind in ("chosen", "rejected")]
     assert trainer._metrics["train"]["rewards/margins"][-1] == pytest.approx(rewards[0] - rewards[1], abs=1e-5)
+    for kind in ("chosen", "rejected"):
+        mean = np.concatenate([row[f"{kind}_weights"] for row in rows]).mean()
+        total, count = trainer._sums["train"][f"tis_dpo/{kind}_weight"].tolist()
+        assert total / count == pytest.approx(mean, rel=1e-6)
 
 
 def test_stored_sums_are_not_those_of_dpo(tmp_path, tokenizer, monkeypatch):
