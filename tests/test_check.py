@@ -160,6 +160,8 @@ def test_without_the_model(name, tokenizer, tmp_path):
     found = inspect(method, tokenizer, model="model", peft_config=peft, load_model=False).to_dict()
     assert found.pop("loss") == {"measured": None, "known": None, "reason": "the model was not loaded"}
     assert whole.pop("loss")["measured"] is not None
+    for report in (found, whole):  # older versions of transformers warn of their own names
+        report["warnings"] = [text for text in report["warnings"] if "deprecated" not in text]
     assert found == whole
 
 
@@ -540,10 +542,11 @@ def unused(method, *argv):
         ("dpop", "--lr_scheduler_type constant --warmup_steps 5", "warmup_steps"),
         ("dpop", "--lr_scheduler_type greedy --eval_strategy epoch --warmup_steps 0.1", "warmup_steps"),
         ("dpop", "--optim lion_8bit --adam_epsilon 1e-6", "adam_epsilon"),
-        (
+        pytest.param(
             "dpop",
             '--activation_checkpointing false --activation_checkpointing_kwargs {"a":1}',
             "activation_checkpointing_kwargs",
+            marks=tiny.needs_activation_checkpointing,
         ),
         ("dpop", "--eval_strategy epoch --eval_steps 10", "eval_steps"),
         ("dpop", "--save_strategy no --save_total_limit 2", "save_total_limit"),
@@ -583,7 +586,11 @@ def test_settings_with_an_effect_or_by_default():
         ("dpop", "--lr_scheduler_type constant --warmup_steps 0"),
         ("dpop", "--optim lion_8bit --adam_beta1 0.8"),
         ("ift", "--train_sampling_strategy batch_rebalance --length_column_name n"),
-        ("dpop", '--activation_checkpointing true --activation_checkpointing_kwargs {"use_reentrant":true}'),
+        pytest.param(
+            "dpop",
+            '--activation_checkpointing true --activation_checkpointing_kwargs {"use_reentrant":true}',
+            marks=tiny.needs_activation_checkpointing,
+        ),
     ],
 )
 def test_settings_that_are_right(method, argv):

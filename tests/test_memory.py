@@ -147,7 +147,7 @@ def test_free_memory(monkeypatch):
     [
         ([], "is off: ", False),
         (["--gradient_checkpointing", "true"], "", True),
-        (["--activation_checkpointing"], "", True),
+        pytest.param(["--activation_checkpointing"], "", True, marks=tiny.needs_activation_checkpointing),
         (["--no_gradient_checkpointing"], "", False),
         (["--config"], "", True),
     ],

@@ -3,6 +3,7 @@
 import importlib.resources
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from datasets import Dataset
@@ -10,6 +11,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 
+needs_activation_checkpointing = pytest.mark.skipif(
+    not hasattr(transformers.TrainingArguments, "activation_checkpointing"), reason="an option of newer transformers"
+)
 QUESTIONS = [
     ("What is the capital of France?", "The capital of France is Paris."),
     ("How many legs has a spider?", "Eight."),

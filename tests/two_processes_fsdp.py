@@ -15,8 +15,10 @@ import pairs
 import pytest
 import tiny
 import torch
+import transformers
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, patch_environment
+from packaging.version import Version
 from peft import LoraConfig, get_peft_model
 from test_methods import DATA
 from torch.distributed.fsdp import fully_shard
@@ -68,7 +70,9 @@ SHIPPED = {
     "FSDP_OFFLOAD_PARAMS": "false",
 }
 # Runs of its own under it: the weights of rank 0 count there, and new ones are made on that rank alone
-SHIPPED_RUNS = ("ift", "dpo, folder", "dpo, folder, precomputed", "eurus, folder")
+SHIPPED_RUNS = ["ift", "eurus, folder"]
+if Version(transformers.__version__) >= Version("5.23"):  # before, a reference has other weights there, and is refused
+    SHIPPED_RUNS += ["dpo, folder", "dpo, folder, precomputed"]
 
 
 def folder_of(output_dir, name, shipped=False):

@@ -14,17 +14,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from accelerate.utils import is_peft_model
 from huggingface_hub import EvalResult, HfApi, ModelCard
+from packaging.version import Version
 from torch.utils.data import IterableDataset
 from transformers import TrainerControl
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import HubStrategy, SaveStrategy
-from transformers.utils import PushInProgress, logging
+from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, PushInProgress, logging
 from trl import is_conversational
 
 from .checks import WEIGHT_FILES, check_model_source, check_output_dir, check_quantization, resolve_checkpoint
@@ -190,6 +192,17 @@ class ExtensionTrainer(SaveWithoutArguments):
             self._check_resumable(Path(checkpoint))
             self._load_extension_state(Path(checkpoint))
         return super().train(checkpoint, *args, **kwargs)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        model = self.model if model is None else model
+        if Version(version("transformers")) >= Version("5.23") or not is_peft_model(model):
+            return
+        # Before, it leaves out the adapter in the checkpoint's own folder when others lie beside it, as the reference's does
+        if len(model.peft_config) > 1 and (Path(resume_from_checkpoint) / ADAPTER_SAFE_WEIGHTS_NAME).is_file():
+            active = model.active_adapters[0]
+            model.load_adapter(resume_from_checkpoint, "default", is_trainable=active == "default")
+            model.set_adapter(active)
 
     def _check_resumable(self, checkpoint: Path) -> None:
         """Refuse a checkpoint from which training would go on with a new optimizer."""

@@ -40,6 +40,7 @@ from .data.generation import Settings as GenerationSettings
 from .data.generation import generate_completions
 from .data.inference import check_model, load_model, load_tokenizer, own_device, tokenizer_digest
 from .data.pairs import NoPairsError, count_pairs, describe_dropped, describe_endless, first_turns
+from .data.rows import head
 from .data.shards import remove_scratch_files, wait_until, write_file
 from .latent.encoders import Encoder, text_of
 from .latent.weights import DISTANCES
@@ -882,7 +883,7 @@ def _checked(dataset: Any, name: str, max_rows: int | None) -> Dataset:
         rows = first_turns(dataset)
     except (TypeError, ValueError) as error:
         raise type(error)(str(error).replace("`dataset`", f"`{name}`")) from None
-    return rows if max_rows is None else rows.take(max_rows)
+    return rows if max_rows is None else head(rows, max_rows)
 
 
 def _digest(dataset: Dataset) -> str:

@@ -42,7 +42,7 @@ from ..scripts.train import usage_error
 from .caching import versioned
 from .generation import generate_completions
 from .pairs import NoPairsError, describe_dropped
-from .rows import check_text
+from .rows import check_text, head
 
 
 # Variant -> (prompt of the row, chosen, rejected): of the plain prompt, with the desired, with the undesired instruction
@@ -446,7 +446,7 @@ def _build(args: argparse.Namespace) -> None:
         is_styled = lambda text: pattern.search(text) is not None  # noqa: E731
     dataset = load_split(args.dataset_name, args.dataset_split, args.dataset_config)
     if args.max_rows is not None:
-        dataset = dataset.take(args.max_rows)
+        dataset = head(dataset, args.max_rows)
     if not isinstance(dataset, Dataset):
         dataset = Dataset.from_list(list(dataset))
     generate = answer_with(

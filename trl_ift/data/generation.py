@@ -47,7 +47,7 @@ from .inference import (
     sequence_log_probs,
     tokenizer_digest,
 )
-from .rows import check_text
+from .rows import check_text, head
 from .shards import (
     MANIFEST,
     check_manifest,
@@ -740,7 +740,7 @@ def _generate(args: argparse.Namespace) -> None:
         check_range("max_rows", args.max_rows, 1, integer=True)
     dataset = load_split(args.dataset_name, args.dataset_split, args.dataset_config, args.dataset_streaming)
     if args.max_rows is not None:
-        dataset = dataset.take(args.max_rows)
+        dataset = head(dataset, args.max_rows)
     generate_completions(
         os.path.expanduser(args.model_name_or_path),
         dataset,

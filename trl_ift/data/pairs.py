@@ -25,7 +25,7 @@ from ..scripts.train import usage_error
 from ..trl_internals import common_prefix_length, tokenize
 from .generation import load_completions, tokenize_prompt
 from .inference import tokenizer_digest
-from .rows import check_text, check_texts
+from .rows import check_text, check_texts, head
 from .shards import read_manifest
 
 
@@ -312,7 +312,7 @@ def _build(args: argparse.Namespace) -> None:
         raise ValueError(f"`--output {output}` exists. Choose another file, or remove it.")
     dataset = load_split(args.dataset_name, args.dataset_split, args.dataset_config)
     if args.max_rows is not None:
-        dataset = dataset.take(args.max_rows)
+        dataset = head(dataset, args.max_rows)
     pairs, counts = count_pairs(dataset, args.completions, args.tokenizer, args.drop_truncated)
     output.parent.mkdir(parents=True, exist_ok=True)
     pairs.to_parquet(str(output))

@@ -253,11 +253,17 @@ def _leaves_out(tokenizer: Any, role: str) -> bool:
     return True
 
 
+def head(dataset: Any, number: int) -> Any:
+    """The first rows of a dataset, at most `number`. (Before datasets 5.2, `Dataset.take` fails when there are fewer.)"""
+    return dataset.select(range(min(number, len(dataset)))) if isinstance(dataset, Dataset) else dataset.take(number)
+
+
 def check_implicit_prompts(dataset: Any, name: str) -> None:
     """Raise if the responses of a pair without a column `prompt`, whose beginning it is, share none."""
-    rows = dataset.take(1000)
     if hasattr(dataset, "num_rows"):
         rows = dataset.with_format(None).select_columns(["chosen", "rejected"])
+    else:
+        rows = dataset.take(1000)
     for index, row in enumerate(rows):
         if row["chosen"][:1] != row["rejected"][:1] or not row["chosen"]:
             raise ValueError(
@@ -291,7 +297,7 @@ def naming_the_row(dataset: Any, name: str, columns: Sequence[str], tokenizer: A
         if isinstance(error, ValueError) and _is_own(error):
             raise
         rows = dataset.with_format(None) if hasattr(dataset, "num_rows") else dataset
-        for index, row in enumerate(rows.take(1000)):
+        for index, row in enumerate(head(rows, 1000)):
             tools = row.get("tools")
             tools = json.loads(tools) if isinstance(tools, str) else tools
             options = {"tools": tools, **(row.get("chat_template_kwargs") or {})}
