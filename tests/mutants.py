@@ -37,6 +37,19 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 # Source line after the change -> why no test could tell it from the original
 EQUIVALENT: dict[str, str] = {
+    # ada_dpo.py
+    "low, high = (0.0, 101.0)": "the bisection has converged either way",
+    "for _ in range(101):": "so it has after 100 steps",
+    "if math.log1p(math.exp(-z)) + z / (1 + math.exp(z)) >= _LOG_2 - rho0:": "equal at the solution alone",
+    "for _ in range(61):": "the bisection has converged after 60 steps",
+    "rises = _entropy(h / tau) + 2 * rho0 * tau >= _LOG_2": "equal at the solution alone",
+    # exo.py
+    "return F.log_softmax(scores.masked_fill(~mask, -math.inf), 1).masked_fill(~mask, 0.0)": "scores are (B, K)",
+    "return (terms * mask).sum(1)": "terms are (B, K)",
+    "self._record(log_q, log_p, rewards, mask)": "what is recorded is detached once more",
+    # uft.py
+    "z = self.implicit_rewards(batch)": "what is recorded is detached once more",
+    "if min(variances) >= 1e-12:": "a variance is never exactly the bound",
     # ift.py
     "if noise_std >= 0:": "noise of deviation 0 adds 0",
     "while shift <= length:": "a shift by the whole length adds nothing",

@@ -222,6 +222,18 @@ def test_newton_in_the_trainer(tmp_path, tokenizer, penalty):
 
 
 @pytest.mark.parametrize("penalty", ["linear", "quadratic"])
+def test_scales_are_constants_for_the_gradient(tmp_path, tokenizer, penalty):
+    """One Newton step from far away: there the loss still depends on the scale."""
+    settings = {"tau_penalty": penalty, "tau_solver": "newton", "tau_iters": 1, "tau_init": 3.0}
+    trainer = trainer_of(AdaDPOTrainer, AdaDPOConfig, tmp_path, tokenizer, beta=0.3, tau_min=0.01, **settings)
+    _, found = loss_and_gradients(trainer)
+    of_pair = trainer._scales
+    trainer._scales = lambda h: of_pair(h.detach())
+    _, expected = loss_and_gradients(trainer)
+    assert difference(found, expected) < 1e-6
+
+
+@pytest.mark.parametrize("penalty", ["linear", "quadratic"])
 def test_metrics(tmp_path, tokenizer, penalty):
     settings = {"beta": 0.1, "max_steps": 1, "tau_min": 0.2, "tau_penalty": penalty}
     settings |= {"tau_max": 0.9} if penalty == "linear" else {}
@@ -254,6 +266,7 @@ def test_metrics(tmp_path, tokenizer, penalty):
     ("settings", "message"),
     [
         ({"rho0": 0.0}, r"`rho0=0.0` is out of range: it must lie in \(0, inf\)"),
+        ({"rho0": LOG_2}, r"`rho0=0.6931.*` leaves every scale at `tau_min=0.1`"),
         ({"rho0": 0.7}, r"`rho0=0.7` leaves every scale at `tau_min=0.1`: .* in \(0, log 2 = 0.6931\)"),
         ({"tau_min": 0.0}, "`tau_min=0.0` is out of range"),
         ({"tau_min": 2.0, "tau_max": 1.0}, r"`tau_max=1.0` is out of range: it must lie in \[2, inf\)"),

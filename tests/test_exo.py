@@ -60,6 +60,11 @@ def test_numbers():
     close(loss_of(R, REWARDS, "dpo-rw"), [0.9368111724])
 
 
+def test_log_probs_of_responses_that_a_row_lacks_are_0():
+    mask = torch.tensor([[True, False, True]])
+    assert list_log_probs(R, mask)[0, 1] == 0
+
+
 def test_numbers_of_preferences():
     pairs = ([2.0, -0.5], [-1.0, 1.25])
     close(preference_loss(*pairs, 1e-3), [0.7859172949, 4.2698019324])
