@@ -43,6 +43,15 @@ EQUIVALENT: dict[str, str] = {
     "if math.log1p(math.exp(-z)) + z / (1 + math.exp(z)) >= _LOG_2 - rho0:": "equal at the solution alone",
     "for _ in range(61):": "the bisection has converged after 60 steps",
     "rises = _entropy(h / tau) + 2 * rho0 * tau >= _LOG_2": "equal at the solution alone",
+    # relative_po.py
+    "raise ValueError(f\"{where}: column '{self.name}' must hold a list of finite numbers, not all 0, found {str(value)[:81]}. "
+    'Correct or drop the row.")': "one more character of a value in a message",
+    "distances = 2 - F.normalize(chosen, dim=1) @ F.normalize(rejected, dim=1).T": "a constant, of which the softmax is none",
+    # fpo.py
+    "for row, (states, own) in enumerate(zip(hidden, mask, strict=False)):": "both have a row a response",
+    "largest = features.topk(top_k).indices": "indices have no gradient",
+    "return fpo_loss(chosen_logratios, rejected_logratios, zero, zero, self.beta, 1.0)": "a factor of distances of 0",
+    "_CHUNK = 513": "the sums are the same",
     # exo.py
     "return F.log_softmax(scores.masked_fill(~mask, -math.inf), 1).masked_fill(~mask, 0.0)": "scores are (B, K)",
     "return (terms * mask).sum(1)": "terms are (B, K)",

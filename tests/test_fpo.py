@@ -2,6 +2,7 @@
 
 import math
 import pickle
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,12 +20,20 @@ from pairs import (
     response_ids,
     step_gradients,
 )
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from torch import tensor
 
 from trl_ift import FPOConfig, FPOTrainer, PreferenceConfig, PreferenceTrainer
-from trl_ift.preference.fpo import decoder_layers, feature_distance, fpo_loss, pooled_features
+from trl_ift.preference.fpo import (
+    _config_of,
+    _mean_logratios,
+    _outputs_of,
+    decoder_layers,
+    feature_distance,
+    fpo_loss,
+    pooled_features,
+)
 from trl_ift.preference.sae import IdentityEncoder, JumpReLUSAE, ReLUSAE, load_sae
 
 
@@ -110,6 +119,20 @@ class TestLoss:
     FEATURES = tensor([[0, 3, 1, 0.5], [1, 0, 4, 2]], dtype=torch.float64)
     REFERENCE = tensor([[0.2, 2, 1.5, 0], [0.5, 0.1, 2, 2.5]], dtype=torch.float64)
 
+    def test_answers_of_one_token(self):
+        hidden = torch.randn(1, 3, 16, generator=torch.Generator().manual_seed(0))
+        mask = torch.tensor([[False, True, False]])
+        assert torch.equal(pooled_features(IdentityEncoder(16), hidden, mask), hidden[:, 1])
+        logratios = tensor([2.0, 2.0])
+        responses = SimpleNamespace(logratios=logratios, lengths=tensor([1, 0]))
+        assert torch.equal(_mean_logratios(responses), logratios)
+
+    def test_features_are_of_float32(self):
+        hidden = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
+        mask = torch.ones(2, 5, dtype=torch.bool)
+        found = pooled_features(random_sae(), hidden, mask)
+        assert torch.equal(found, pooled_features(random_sae(), hidden.float(), mask))
+
     def test_numbers(self):
         distances = feature_distance(self.FEATURES, self.REFERENCE, 2)
         close(distances, [0.625, 2.125])
@@ -124,6 +147,9 @@ class TestLoss:
             (found,) = torch.autograd.grad(loss.sum(), distances)
             slope = 0.1 * 0.5 * (1 - math.exp(-0.7108002977))
             close(found, [[0.0 if detach else -slope], [slope]])
+        distances = tensor([[0.625], [2.125]], dtype=torch.float64, requires_grad=True)
+        fpo_loss(*ratios, *distances, 0.1, 0.5).sum().backward()  # by default as in the paper
+        close(distances.grad[0], [0.0])
 
     def test_the_indices_are_constants(self):
         features = self.FEATURES.clone().requires_grad_()
@@ -366,6 +392,7 @@ def test_wrong_options(tmp_path, settings, message):
         ({"sae_layer": 2}, "`sae_layer=2` is out of range: the model has 2 decoder layers"),
         ({"sae_layer": -3}, "`sae_layer=-3` is out of range"),
         ({"fpo_top_k": 41}, "`fpo_top_k=41` is more than the 40 features"),
+        ({"fpo_top_k": 41, "fpo_alpha": 0.5}, "`fpo_top_k=41` is more than the 40 features"),
         ({"sae": IdentityEncoder(8)}, "reads hidden states of 8 numbers, and the model's have 16"),
         (
             {"data": anchored(4)},
@@ -396,6 +423,29 @@ def test_another_reference(tmp_path, tokenizer, model_dir, overrides, message):
     reference = tiny.model("llama", tokenizer, **overrides)
     with pytest.raises(ValueError, match=message):
         trainer_of(tmp_path, tokenizer, model=model_dir, ref_model=reference)
+
+
+def test_layers_within_adapters():
+    model = tiny.model("llama", tiny.tokenizer())
+    layers = decoder_layers(model)
+    assert decoder_layers(get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))) is layers
+
+
+def test_layers_that_give_out_more_than_hidden_states():
+    layer = torch.nn.Identity()
+    with _outputs_of(layer) as found:
+        layer(("hidden", "attention"))
+        layer("hidden")
+    layer("later")
+    assert found == ["hidden", "hidden"]
+
+
+def test_the_config_is_of_the_revision(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", lambda name, **options: asked.append(options))
+    for settings in ({}, {"trust_remote_code": True, "model_init_kwargs": {"revision": "v1"}}):
+        _config_of("me/model", FPOConfig(str(tmp_path), use_cpu=True, bf16=False, **settings))
+    assert asked == [{"trust_remote_code": False}, {"trust_remote_code": True, "revision": "v1"}]
 
 
 def test_without_constraint_few_features_do(tmp_path, tokenizer, monkeypatch):

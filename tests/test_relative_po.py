@@ -329,7 +329,8 @@ class TestMissingEmbeddings:
         warnings = message_log(monkeypatch, relative_po)
         plain = tiny.preference_data()
         trainer = trainer_of(tmp_path, tokenizer, plain, eval_dataset=plain.select([3, 4]))
-        assert len([text for text in warnings if "compared by hashed TF-IDF of their words" in text]) == 1
+        (text,) = [text for text in warnings if "compared by hashed TF-IDF of their words" in text]
+        assert text.startswith("`train_dataset` lacks")
         given = trainer_of(tmp_path, tokenizer, embed_prompts(plain))
         assert loss_and_gradients(trainer)[0] == loss_and_gradients(given)[0]
         assert trainer.train_dataset[EMBEDDING] == given.train_dataset[EMBEDDING]
@@ -371,6 +372,7 @@ class TestMissingEmbeddings:
             r"row 2: column 'prompt_embedding' must hold a list of finite numbers, not all 0",
         ),
         ([[1.0], [math.nan], [1.0], [1.0]], "row 1: column 'prompt_embedding' must hold"),
+        ([[1.0, 1.0], [2.0, math.inf], [1.0, 1.0], [1.0, 1.0]], "row 1: column 'prompt_embedding' must hold"),
         ([[1.0], [], [1.0], [1.0]], "row 1: column 'prompt_embedding' must hold"),
         ([["a"], ["b"], ["c"], ["d"]], "row 0: column 'prompt_embedding' must hold"),
         ([1.0, 2.0, 3.0, 4.0], "row 0: column 'prompt_embedding' must hold"),
