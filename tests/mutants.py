@@ -52,6 +52,9 @@ EQUIVALENT: dict[str, str] = {
     "largest = features.topk(top_k).indices": "indices have no gradient",
     "return fpo_loss(chosen_logratios, rejected_logratios, zero, zero, self.beta, 1.0)": "a factor of distances of 0",
     "_CHUNK = 513": "the sums are the same",
+    # eurus.py
+    "chosen, rejected = outputs.logits.squeeze(1).float().chunk(2)": "logits are (2B, 1)",
+    "if 'chosen_ids' in row or 'rejected_ids' in row:": "the two columns come together",
     # exo.py
     "return F.log_softmax(scores.masked_fill(~mask, -math.inf), 1).masked_fill(~mask, 0.0)": "scores are (B, K)",
     "return (terms * mask).sum(1)": "terms are (B, K)",

@@ -17,7 +17,7 @@ from trl import RewardConfig, RewardTrainer
 from trl_ift import EurusRewardConfig, EurusRewardTrainer, checks
 from trl_ift.hub.card import check_model_card
 from trl_ift.reward import eurus
-from trl_ift.reward.eurus import eurus_reward_losses
+from trl_ift.reward.eurus import EurusRewardCollator, _why_dropped, eurus_reward_losses
 from trl_ift.scripts.train import run
 
 
@@ -226,7 +226,7 @@ def test_what_is_recorded(tmp_path):
     trainer = EurusRewardTrainer.__new__(EurusRewardTrainer)  # its metrics need no model
     trainer.args = EurusRewardConfig(str(tmp_path), use_cpu=True, bf16=False)
     trainer.model = torch.nn.Module().train()
-    c, r = [2.0, 0.0, 1.0, 0.5, 3.0], [-1.0, -2.0, 0.0, -3.0, 0.25]
+    c, r = [0.75, 0.0, 1.0, 0.5, 3.0], [-1.0, -2.0, 0.0, -3.0, 0.25]
     has = [True, True, True, False, True]
     for part in (slice(0, 3), slice(3, 5)):
         chosen, rejected, flags = rewards(*c[part]), rewards(*r[part]), tensor(has[part]).double()
@@ -241,12 +241,36 @@ def test_what_is_recorded(tmp_path):
         {
             "eurus/relative_loss": sum(softplus(y - x) for x, y in zip(c, r, strict=True)) / 5,
             "eurus/absolute_loss": sum(absolute) / 4,
-            "eurus/chosen_reward": 6.5 / 5,
+            "eurus/chosen_reward": 5.25 / 5,
             "eurus/rejected_reward": -5.75 / 5,
             "eurus/absolute_accuracy": 1 / 4,
         },
         rel=1e-6,
     )
+
+
+def test_losses_are_of_float32(tmp_path, tokenizer):
+    trainer = trainer_of(tmp_path, tokenizer, data())
+    trainer.model.to(torch.bfloat16)
+    inputs = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+    assert trainer.compute_loss(trainer.model, inputs).dtype == torch.float32
+
+
+def test_collator_of_one_row():
+    row = {"chosen_ids": [5, 6], "rejected_ids": [7], "absolute": True}
+    assert EurusRewardCollator(pad_token_id=0)([row])["absolute"].tolist() == [True]
+
+
+def test_another_collator_needs_no_column_that_the_data_lack(tmp_path, tokenizer):
+    collator = trl.trainer.reward_trainer.DataCollatorForPreference(pad_token_id=0)
+    arguments = (EurusRewardTrainer, EurusRewardConfig, tmp_path, tiny.reward_model(tokenizer), data(), tokenizer)
+    assert make(*arguments, data_collator=collator).data_collator is collator
+
+
+def test_evaluation_on_data_without_a_column(tmp_path, tokenizer):
+    trainer = trainer_of(tmp_path, tokenizer, data())
+    with pytest.raises(ValueError, match="`eval dataset` lacks the column 'rejected'"):
+        trainer.evaluate(data().remove_columns("rejected"))
 
 
 def test_conversations_tokens_and_streams(tmp_path, tokenizer):
@@ -371,6 +395,16 @@ def test_head_of_an_adapter_on_the_model(settings, trained, tmp_path, tokenizer)
         make(*arguments)
 
 
+def test_a_new_adapter_saves_the_head_of_a_model_in_memory(tmp_path, tokenizer):
+    config = LoraConfig(target_modules=["q_proj"], r=2, modules_to_save=["score"])
+    arguments = (EurusRewardTrainer, EurusRewardConfig, tmp_path, tiny.reward_model(tokenizer), data(), tokenizer)
+    assert (
+        make(*arguments, peft_config=config)
+        .model.base_model.model.score.modules_to_save["default"]
+        .weight.requires_grad
+    )
+
+
 def test_frozen_head(tmp_path, tokenizer):
     model = tiny.reward_model(tokenizer)
     model.score.requires_grad_(False)
@@ -407,6 +441,22 @@ def test_formatted_data(kind, form, tmp_path, tokenizer):
     assert math.isfinite(trainer.predict(pairs).metrics["test_loss"])
 
 
+@pytest.mark.parametrize(
+    ("chosen", "reason"),
+    [
+        ("Paris. ", None),
+        (" ", "chosen is empty"),
+        ([("user", "A?"), ("assistant", "B"), ("user", "C?"), ("assistant", "")], "chosen is empty"),
+        ([("user", "A?"), ("assistant", "B")], None),
+    ],
+)
+def test_empty_answers_behind_a_prompt_of_their_own(chosen, reason):
+    if not isinstance(chosen, str):
+        chosen = [{"role": role, "content": content} for role, content in chosen]
+    rejected = "London." if isinstance(chosen, str) else [*chosen[:-1], {"role": "assistant", "content": "No."}]
+    assert _why_dropped({"chosen": chosen, "rejected": rejected}, "<|end|>") == reason
+
+
 def test_dropped_pairs(tmp_path, tokenizer, monkeypatch):
     messages = message_log(monkeypatch, checks)
     rows = data().to_list()
@@ -439,6 +489,9 @@ def test_warnings(tmp_path, tokenizer, monkeypatch):
     trainer_of(tmp_path, tokenizer, data(), max_length=20, center_rewards_coefficient=0.1)
     assert "pulls the rewards of a pair to a mean of 0" in messages[0]
     assert re.match(r"Dropped \d of 8 rows of the train dataset", dropped[0])
+    trainer_of(tmp_path, tokenizer, data())
+    trainer_of(tmp_path, tokenizer, data(), center_rewards_coefficient=0.1, absolute_coef=0.0)
+    assert len(messages) == 1
 
 
 @pytest.mark.parametrize(

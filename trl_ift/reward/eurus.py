@@ -314,7 +314,7 @@ def _check_head(model: Any, peft_config: Any) -> None:
             f"`model` is a {name}, which has no reward head. Pass its name or folder, or load it with "
             "`AutoModelForSequenceClassification.from_pretrained(..., num_labels=1)`."
         )
-    if peft_config is None or getattr(peft_config, "is_prompt_learning", False):
+    if peft_config is None or peft_config.is_prompt_learning:
         return
     heads = {name.split(".")[0] for name in _head(model)} if isinstance(model, torch.nn.Module) else {*_HEADS}
     saved = getattr(peft_config, "modules_to_save", None) or ()
