@@ -55,6 +55,8 @@ EQUIVALENT: dict[str, str] = {
     # eurus.py
     "chosen, rejected = outputs.logits.squeeze(1).float().chunk(2)": "logits are (2B, 1)",
     "if 'chosen_ids' in row or 'rejected_ids' in row:": "the two columns come together",
+    # soft_label_po.py
+    "return abs(2 * label - 1) >= _TIE": "no float32 label is exactly at the bound",
     # exo.py
     "return F.log_softmax(scores.masked_fill(~mask, -math.inf), 1).masked_fill(~mask, 0.0)": "scores are (B, K)",
     "return (terms * mask).sum(1)": "terms are (B, K)",

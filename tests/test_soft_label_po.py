@@ -233,9 +233,10 @@ class TestTies:
 
 def test_missing_labels_are_said(tmp_path, tokenizer, monkeypatch):
     warnings = message_log(monkeypatch, soft_label_po)
-    trainer_of(tmp_path, tokenizer, anchored(4))
     trainer_of(tmp_path, tokenizer, anchored(4), soft_label_loss="dpo")
     trainer_of(tmp_path, tokenizer, anchored(4, soft_label=[0.7] * 4))
+    assert warnings == []
+    trainer_of(tmp_path, tokenizer, anchored(4))
     (warning,) = warnings
     assert "lacks the column 'soft_label'" in warning
     assert "taken to be 1 for every pair" in warning
@@ -277,6 +278,11 @@ def test_wrong_labels(tmp_path, tokenizer, labels, error, message):
 def test_wrong_options(tmp_path, settings, message):
     with pytest.raises(ValueError, match=message):
         SoftLabelPOConfig(str(tmp_path), use_cpu=True, bf16=False, **settings)
+
+
+@pytest.mark.parametrize("clip", [[0.7, 0.7], [0.2, 0.5], [0.5, 0.9]])
+def test_clips_that_leave_more_than_ties(tmp_path, clip):
+    assert SoftLabelPOConfig(str(tmp_path), use_cpu=True, bf16=False, soft_label_clip=clip).soft_label_clip == clip
 
 
 def test_default_normalization(tmp_path):
