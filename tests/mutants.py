@@ -57,6 +57,14 @@ EQUIVALENT: dict[str, str] = {
     "if 'chosen_ids' in row or 'rejected_ids' in row:": "the two columns come together",
     # soft_label_po.py
     "return abs(2 * label - 1) >= _TIE": "no float32 label is exactly at the bound",
+    # figa.py
+    "costs = np.empty((len(a) + 2, len(b) + 1), dtype=np.int64)": "a row more than is used",
+    "nll = -initial_logps": "it is compared alone, which has no gradient",
+    "sums, count = figa_sums(revised.token_logps, initial.token_logps, good, bad, revised.mask, **weights, **bounds)": (
+        "a factor of 0 and 1 either way"
+    ),
+    "self._record(revised.token_logps, initial.token_logps.detach(), good, bad, bounds)": "what is recorded is detached once more",
+    "self._record(revised.token_logps.detach(), initial.token_logps, good, bad, bounds)": "what is recorded is detached once more",
     # exo.py
     "return F.log_softmax(scores.masked_fill(~mask, -math.inf), 1).masked_fill(~mask, 0.0)": "scores are (B, K)",
     "return (terms * mask).sum(1)": "terms are (B, K)",
