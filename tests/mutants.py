@@ -35,6 +35,7 @@ import pytest
 
 
 ROOT = Path(__file__).resolve().parent.parent
+_RECORDED = "what is recorded is detached once more"
 # Source line after the change -> why no test could tell it from the original
 EQUIVALENT: dict[str, str] = {
     # ada_dpo.py
@@ -63,14 +64,14 @@ EQUIVALENT: dict[str, str] = {
     "sums, count = figa_sums(revised.token_logps, initial.token_logps, good, bad, revised.mask, **weights, **bounds)": (
         "a factor of 0 and 1 either way"
     ),
-    "self._record(revised.token_logps, initial.token_logps.detach(), good, bad, bounds)": "what is recorded is detached once more",
-    "self._record(revised.token_logps.detach(), initial.token_logps, good, bad, bounds)": "what is recorded is detached once more",
+    "self._record(revised.token_logps, initial.token_logps.detach(), good, bad, bounds)": _RECORDED,
+    "self._record(revised.token_logps.detach(), initial.token_logps, good, bad, bounds)": _RECORDED,
     # exo.py
     "return F.log_softmax(scores.masked_fill(~mask, -math.inf), 1).masked_fill(~mask, 0.0)": "scores are (B, K)",
     "return (terms * mask).sum(1)": "terms are (B, K)",
-    "self._record(log_q, log_p, rewards, mask)": "what is recorded is detached once more",
+    "self._record(log_q, log_p, rewards, mask)": _RECORDED,
     # uft.py
-    "z = self.implicit_rewards(batch)": "what is recorded is detached once more",
+    "z = self.implicit_rewards(batch)": _RECORDED,
     "if min(variances) >= 1e-12:": "a variance is never exactly the bound",
     # ift.py
     "if noise_std >= 0:": "noise of deviation 0 adds 0",
@@ -83,8 +84,8 @@ EQUIVALENT: dict[str, str] = {
     "return torch.where(x >= -math.log(2), torch.log(-torch.expm1(near)), torch.log1p(-torch.exp(far)))": (
         "both branches are log(1/2) at x = -log 2"
     ),
-    "aligned = align_loss(chosen, rejected.detach(), args.beta)": "what is recorded is detached once more",
-    "aligned = align_loss(chosen.detach(), rejected, args.beta)": "what is recorded is detached once more",
+    "aligned = align_loss(chosen, rejected.detach(), args.beta)": _RECORDED,
+    "aligned = align_loss(chosen.detach(), rejected, args.beta)": _RECORDED,
 }
 _BINARY = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.FloorDiv: ast.Mult,
            ast.Pow: ast.Mult, ast.Mod: ast.FloorDiv, ast.BitAnd: ast.BitOr, ast.BitOr: ast.BitAnd}  # fmt: skip
