@@ -81,6 +81,8 @@ def test_weights_by_hand():
     first = double(4.5 / (5.5 + 1e-6), 1 / (1.75 + 1e-6))
     close(reference_weights(*REFS, "official_code"), torch.stack([first, 1 - first]), 1e-15)
     close(reference_weights(*REFS, "fixed", [0.25, 0.75]), [[0.25] * 2, [0.75] * 2])
+    near = double([-3.0], [-5.0]), double([-3.2], [-5.1])  # of margins that add up to less than 1
+    close(reference_weights(*near, "arwc"), [[2 / 3], [1 / 3]])
 
 
 @pytest.mark.parametrize("mode", ["arwc", "official_code", "uniform"])
@@ -143,8 +145,11 @@ class TestIdentities:
 
     def test_clip(self):
         """Between (1 + eps) lp_0 and (1 - eps) lp_0, reference 0 itself never."""
-        refs = random_refs()
-        for eps, adaptive in ((0.1, True), (0.5, False)):
+        for refs, eps, adaptive in (
+            (random_refs(), 0.1, True),
+            (random_refs(), 0.5, False),
+            ([values / 1000 for values in random_refs()], 0.1, True),  # of answers that are nearly certain
+        ):
             clipped = trust_region(*refs, eps, adaptive)
             sizes = [values.mean(0).abs() for values in refs]
             for old, new, size in zip(refs, clipped, sizes, strict=True):
@@ -152,6 +157,7 @@ class TestIdentities:
                 close(new[0], old[0], 0)
                 close(new[1:], torch.minimum(torch.maximum(old[1:], (1 + radius) * old[0]), (1 - radius) * old[0]))
                 assert (new[1:] != old[1:]).any()
+        refs = random_refs()
         for new, old in zip(trust_region(*refs, 1e9), trust_region(*refs, None), strict=True):
             close(new, old, 0)
 
@@ -509,6 +515,8 @@ class TestTrainer:
         assert trainer.train_dataset["prompt"][:] == kept
         assert len(kept) < len(data)
         assert f"Dropped {8 - len(kept)} of " in messages[0]
+        trainer_of(tmp_path / "whole", tokenizer, data, ref_models=[other[0]], max_length=max(lengths))
+        assert len(messages) == 1
         with pytest.raises(ValueError, match=r"`max_length=\d+` cuts the responses of"):
             shortest = max(len(tokenizer(row["prompt"])["input_ids"]) for row in data) + 1
             long = data.map(lambda row: {"chosen": row["chosen"] + " and so on" * 20})
@@ -527,9 +535,13 @@ class TestTrainer:
     @pytest.mark.parametrize(
         ("data", "settings", "message"),
         [
-            (tiny.preference_data, {}, "needs a reference beside the starting policy"),
+            (
+                tiny.preference_data,
+                {},
+                r"needs a reference beside the starting policy.*add the columns .*ref1_chosen_logps",
+            ),
             (lambda: anchored(ref1_chosen_logps=[-1.0] * 8), {}, "lacks the column 'ref1_rejected_logps'"),
-            (lambda: anchored(ref1_chosen_logps=[-1.0] * 8), {"ref_models": ["a"]}, "Drop one of the two"),
+            (lambda: anchored(ref1_chosen_logps=[-1.0] * 8), {"ref_models": ["a"]}, r"\(ref1_.*Drop one of the two"),
             (
                 lambda: anchored(ref2_chosen_logps=[-1.0] * 8, ref2_rejected_logps=[-1.0] * 8),
                 {},
