@@ -66,11 +66,18 @@ EQUIVALENT: dict[str, str] = {
     ),
     "self._record(revised.token_logps, initial.token_logps.detach(), good, bad, bounds)": _RECORDED,
     "self._record(revised.token_logps.detach(), initial.token_logps, good, bad, bounds)": _RECORDED,
+    # mpo.py
+    "probabilities = torch.sigmoid(logits)": _RECORDED,
+    "if len(self._first_weights) == self.args.gradient_accumulation_steps and mean <= 0.001:": (
+        "a mean is never exactly at the bound"
+    ),
     # mrpo.py
     "if abs(sum(weights) - 1) >= 0.001:": "a sum is never exactly at the bound",
     "values = margins.new_tensor([2.0] * number if fixed is None else fixed)": "the weights are normalised",
     "stored = _number_stored(rows[0]) if rows else 1": "without rows the data are refused",
     "if args.ref_models is not None or not found:": "without either, the columns are asked for before",
+    # self_supervised_po.py
+    "seed: int = 1": "the trainer gives its own",
     # exo.py
     "return F.log_softmax(scores.masked_fill(~mask, -math.inf), 1).masked_fill(~mask, 0.0)": "scores are (B, K)",
     "return (terms * mask).sum(1)": "terms are (B, K)",

@@ -774,6 +774,15 @@ class TestSamples:
         assert len(messages) == 1
         assert "The pairs hardly train: the mean of sigma(z) sigma(-z) is" in messages[0]
 
+    def test_the_weight_that_is_warned_of_is_that_which_is_logged(self, tmp_path, tokenizer, monkeypatch):
+        messages = message_log(monkeypatch, mpo)
+        split = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "max_steps": 1}
+        trainer = trainer_of(tmp_path, tokenizer, logit_mode="reference_free", logit_scale=3.0, **split)
+        trainer.train()
+        weight = logs(trainer)[0]["mpo/grad_weight"]
+        assert weight < 1e-3
+        assert f"is {weight:.1e} in the first step" in messages[0]
+
     def test_collator_that_loses_the_samples(self, tmp_path, tokenizer):
         """Not an objective without its KL term."""
         collator = DataCollatorForPreference(pad_token_id=tokenizer.pad_token_id)
