@@ -29,8 +29,8 @@ ENVIRONMENTS = ("oldest", "newest")
 _HEAD = """\
 # Versions
 
-The test suite, run by `make test-versions` with the oldest versions that pyproject.toml allows and with the newest that the
-package index had. torch is the one of `make test`: older wheels for Linux come with CUDA.
+The test suite with the oldest versions that pyproject.toml allows and with the newest that the package index had;
+`make test-versions` runs both. torch is the one of `make test`: older wheels for Linux come with CUDA.
 
 """
 
