@@ -332,6 +332,13 @@ def test_truncation(tmp_path, tokenizer):
     assert math.isfinite(loss_and_gradients(trainer)[0])
 
 
+def test_the_choice_among_equal_alignments_stays():
+    """Several keep as many tokens; another choice would mark the data of a resumed run anew."""
+    good, bad = edit_masks([2, 1, 0, 2, 0, 0, 2], [2, 2, 2, 0, 2, 1], "indel")
+    assert good.tolist() == [False, False, True, False, False, True]
+    assert bad.tolist() == [False, True, True, False, True, False, False]
+
+
 class TestMarksOfYourOwn:
     def data(self, tokenizer, **change):
         def mark(row):
@@ -357,6 +364,12 @@ class TestMarksOfYourOwn:
             trainer_of(tmp_path, tokenizer, self.data(tokenizer).remove_columns("bad_tokens"))
         with pytest.raises(ValueError, match="the first row: column 'bad_tokens' holds 1 numbers, and 'rejected' has"):
             trainer_of(tmp_path, tokenizer, self.data(tokenizer, bad_tokens=[0.5]))
+        with pytest.raises(ValueError, match=r"column 'good_tokens' holds 1.5, expected a finite number in \[0, 1\]"):
+            trainer_of(
+                tmp_path,
+                tokenizer,
+                self.data(tokenizer).map(lambda row: {"good_tokens": [1.5] * len(row["good_tokens"])}),
+            )
         with pytest.raises(ValueError, match=r"column 'bad_tokens' holds 3.0, expected a finite number in \[0, 1\]"):
             trainer_of(tmp_path, tokenizer, self.data(tokenizer, bad_tokens=[3.0]))
         with pytest.raises(

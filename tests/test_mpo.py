@@ -563,6 +563,41 @@ class TestReference:
 
 
 class TestDealing:
+    def test_token_ids_alone(self, tmp_path, tokenizer):
+        """They are taken as they are."""
+        ids = Dataset.from_list([{"prompt_ids": [5, 6], "completion_ids": [7, 8 + i]} for i in range(8)])
+        trainer = trainer_of(tmp_path, tokenizer, data=anchored(), reg_dataset=ids)
+        assert sorted(attached(trainer, "reg")) == [(7, 8 + i) for i in range(8)]
+
+    @pytest.mark.parametrize(
+        ("row", "fits"),
+        [
+            ({"prompt_ids": [1] * 3, "completion_ids": [2]}, True),
+            ({"prompt_ids": [1] * 4, "completion_ids": [2]}, False),  # no token of the answer is left
+            ({"prompt_ids": [1] * 3, "completion_ids": []}, False),
+            ({"prompt_ids": [1] * 3, "completion_ids": [2], "ref_logps": -1.0}, True),
+            ({"prompt_ids": [1] * 3, "completion_ids": [2, 2], "ref_logps": -1.0}, False),
+        ],
+    )
+    def test_rows_that_fit(self, row, fits):
+        assert mpo._fits(row, 4) == fits
+
+    def test_what_is_said_of_the_dealing(self, tmp_path, monkeypatch):
+        messages = message_log(monkeypatch, mpo)
+
+        def report(data, number, **settings):
+            args = MPOConfig(str(tmp_path), use_cpu=True, bf16=False, max_steps=1, **settings)
+            mpo._report_dealing(data, "reg", number, args)
+
+        report(anchored(), 4, reg_rows_per_pair=0.5)
+        assert messages == []
+        report(anchored(), 5, reg_rows_per_pair=0.5)
+        assert messages[0].startswith("4 of the 5 rows of the reg dataset are used: 8 pairs")
+        stream = anchored().to_iterable_dataset()
+        report(stream, 5, dataloader_num_workers=1)
+        with pytest.raises(ValueError, match="`dataloader_num_workers=2` with an `IterableDataset`"):
+            report(stream, 5, dataloader_num_workers=2)
+
     @pytest.mark.parametrize("per_pair", [0.25, 0.5, 1.0, 2.5])
     @pytest.mark.parametrize("number", [3, 8])
     def test_every_sample_equally_often(self, tmp_path, tokenizer, per_pair, number):
