@@ -20,6 +20,8 @@ from pathlib import Path
 
 os.environ.setdefault("CI", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if not sys.stderr.isatty():  # a log of tables, not of bars
+    os.environ.setdefault("TQDM_DISABLE", "1")
 warnings.filterwarnings("ignore")
 
 SHAPES = {

@@ -1,7 +1,7 @@
 """From TRL's default DPO step to ours, one lever at a time: time, peak memory, floating-point operations.
 
     python benchmarks/ladder.py                                                        # tiny and 135M models on this machine
-    python benchmarks/ladder.py --sizes 135m --tokens 128 --batch 2 --rounds 3
+    python benchmarks/ladder.py --sizes 135m --tokens 128 --batch 2 --rounds 7
     python benchmarks/ladder.py --sizes 1b 8b --bf16 --lora --load_in_4bit --tokens 2048    # on a GPU
 
 Each rung adds its lever to those above it. The first is `trl.DPOTrainer` as it comes: a live reference, gradient checkpointing,
