@@ -21,6 +21,14 @@ def test_the_floors_are_those_of_the_project():
         assert Version(floor) <= Version(version(name))
 
 
+@pytest.mark.parametrize("page", ["README.md", "docs/index.md"])
+def test_the_documentation_names_the_floors(page):
+    floors = versions.floors(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"])
+    supported = (ROOT / page).read_text().partition("Supported: ")[2]
+    trl, transformers, peft = (floors[name] for name in ("trl", "transformers", "peft"))
+    assert supported.startswith(f"`trl>={trl},<2`, transformers >= {transformers}, peft >= {peft},")
+
+
 def test_a_package_without_a_floor_is_an_error():
     with pytest.raises(ValueError, match="`peft` in pyproject.toml needs one lower bound"):
         versions.floors(["trl>=1.16,<2", "peft", "transformers>=5.19", "accelerate>=1", "datasets>=4"])
