@@ -200,7 +200,10 @@ def random_batch(seed=0):
 @pytest.mark.parametrize("propagation", ["loss", "mask"])
 @pytest.mark.parametrize("gamma", [0.5, 0.95, 1.0])
 def test_equals_the_definition(gamma, propagation, norm, side):
-    batch = random_batch()
+    nll, mask, documents, number = random_batch()
+    documents[4, 9:] = number  # of one token, with the smallest loss
+    nll[4, 12], mask[4, 12] = 0.005, True
+    batch = nll, mask, documents, number + 1
     expected = slow_loss(*batch, gamma, propagation, norm, side)
     for grad in GRADS:
         close(ift_document_loss(*batch, gamma, propagation, norm, side, grad).loss, expected, 1e-12)
@@ -349,6 +352,25 @@ class TestExtremes:
         close(result.loss[0], value, 1e-3 * max(value, 1e-9))
         assert torch.isfinite(loss_coefficients(nll, mask, documents, 2, 0.95, "loss", norm, side, grad)).all()
 
+    @pytest.mark.parametrize("norm", ["L1", "L2"])
+    def test_the_scale_of_losses_is_that_of_the_trained_tokens(self, norm):
+        nll = torch.tensor([[3e-30, 7.0, 1e-30, 2e-30]])
+        mask = torch.tensor([[True, False, True, True]])
+        weights = [
+            ift_document_loss(x, mask, torch.zeros(1, 4, dtype=torch.long), 1, norm=norm).weights
+            for x in (nll, nll * 1e30)
+        ]
+        assert weights[1].unique().numel() == 4
+        torch.testing.assert_close(*weights)
+
+    def test_a_free_last_token_weighs_nothing(self):
+        close(one_document([2.0, 0.0], 0.95), 2.0)  # weights 2 and 0
+
+    def test_coefficients_leave_the_losses_as_they_are(self):
+        nll = torch.rand(2, 3)
+        loss_coefficients(nll, torch.ones(2, 3, dtype=torch.bool), torch.zeros(2, 3, dtype=torch.long), 1)
+        assert not nll.requires_grad
+
     def test_untrained_batch_is_a_differentiable_zero(self):
         nll = torch.ones(2, 3, requires_grad=True)
         mask = torch.zeros(2, 3, dtype=torch.bool)
@@ -385,6 +407,7 @@ class TestLambda:
         assert lambda_at_step(7, 0.2) == 0.2
         values = [lambda_at_step(step, 0.5, "linear", 0.1, 4) for step in range(6)]
         assert values == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5, 0.5])
+        assert lambda_at_step(75, 0.5, "linear") == pytest.approx(0.25)  # from 0, in 150 steps
 
     def test_noise_is_a_function_of_seed_and_step(self):
         draw = [lambda_at_step(step, 0.2, noise_std=0.5, seed=3) for step in range(2000)]
@@ -406,6 +429,7 @@ class TestLambda:
             8240147227655269473,
             2658020928085787537,
         ]
+        assert all(0 <= _mix_seeds(number, number) < 2**63 for number in range(64))
 
     def test_fusing_equal_embeddings_is_bitwise_the_same(self):
         embeddings = torch.randn(50, 8, generator=torch.Generator().manual_seed(0))

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from trl import SFTConfig, SFTTrainer
 
 from trl_ift import IFTConfig, IFTTrainer
-from trl_ift.supervised.ift import GRADS, PREDICTIONS
+from trl_ift.supervised.ift import GRADS, PREDICTIONS, _mix_seeds
 
 
 LORA = {"r": 4, "target_modules": "all-linear"}
@@ -183,14 +183,17 @@ class TestAgainstFloat64:
         assert_gradients_close(gradients, {n: p.grad for n, p in twin.named_parameters()}, 2e-5)
 
     @pytest.mark.parametrize("family", ["llama", "llama-tied"])
-    def test_frozen_input_embeddings(self, tmp_path, tokenizer, family):
-        trainer = make(tmp_path, tokenizer, family, ift_freeze_input_embeddings=True)
+    @pytest.mark.parametrize("ift_lambda", [0.2, 0.0])
+    def test_frozen_input_embeddings(self, tmp_path, tokenizer, family, ift_lambda):
+        trainer = make(tmp_path, tokenizer, family, ift_freeze_input_embeddings=True, ift_lambda=ift_lambda)
         inputs = batch_of(trainer)
         _, gradients = loss_and_gradients(trainer, inputs)
         twin = double(trainer.model)
-        naive_ift(twin, inputs, freeze=True).backward()
+        naive_ift(twin, inputs, ift_lambda, freeze=True).backward()
         expected = {n: p.grad for n, p in twin.named_parameters() if p.grad is not None}
         assert ("model.embed_tokens.weight" in gradients) == (family == "llama-tied")
+        # DDP waits for the gradients of all others
+        assert trainer.model.get_input_embeddings().weight.requires_grad == (family == "llama-tied")
         assert_gradients_close(gradients, expected, 2e-5)
 
     def test_one_document_at_the_neutral_setting_is_sft(self, tmp_path, tokenizer):
@@ -204,6 +207,24 @@ class TestAgainstFloat64:
         )
         assert loss == pytest.approx(sft_loss, rel=1e-6)
         assert_gradients_close(gradients, sft_gradients, 1e-6)
+
+    @pytest.mark.parametrize("normalization", ["sequence", "token"])
+    def test_a_document_of_one_token_and_one_of_none(self, tmp_path, tokenizer, normalization):
+        """Also in the log of a training, whose steps count documents or tokens before their micro-batches."""
+        rows = tiny.tokenized_data(tokenizer).select(range(4)).to_list()
+        rows[1]["labels"] = [-100] * (len(rows[1]["labels"]) - 1) + rows[1]["labels"][-1:]
+        rows[2]["labels"] = [-100] * len(rows[2]["labels"])
+        data = Dataset.from_list(rows)
+        trainer = make(tmp_path, tokenizer, data=data, max_length=None, ift_loss_normalization=normalization)
+        expected = naive_ift(double(trainer.model), batch_of(trainer), normalization=normalization).item()
+        assert loss_and_gradients(trainer)[0] == pytest.approx(expected, rel=2e-6)
+        for size in (4, 2):
+            trainer = make(
+                tmp_path, tokenizer, data=data, max_length=None, ift_loss_normalization=normalization, max_steps=1,
+                per_device_train_batch_size=size, gradient_accumulation_steps=4 // size,
+            )  # fmt: skip
+            trainer.train()
+            assert trainer.state.log_history[0]["loss"] == pytest.approx(expected, rel=2e-6)
 
     @pytest.mark.parametrize("mode", ["padding_free", "packing"])
     @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -231,6 +252,19 @@ class TestAgainstFloat64:
         (loss, gradients), (flat_loss, flat_gradients) = loss_and_gradients(padded), loss_and_gradients(flat)
         assert loss == pytest.approx(flat_loss, rel=1e-6)
         assert_gradients_close(gradients, flat_gradients, 1e-5)
+
+    def test_documents_of_a_batch(self):
+        flat = {"input_ids": torch.zeros(1, 5), "position_ids": torch.tensor([[0, 1, 2, 0, 1]])}
+        for inputs in (flat, flat | {"cu_seq_lens_q": torch.tensor([0, 3, 5])}):
+            documents, number = IFTTrainer._documents(inputs)
+            assert documents.tolist() == [[1, 1, 1, 2, 2]]
+            assert number == 3  # with id 0, which has no token
+        padded = {"input_ids": torch.zeros(2, 3)}
+        positions = {"position_ids": torch.tensor([[0, 0, 1], [0, 1, 2]])}
+        for inputs in (padded, padded | positions | {"attention_mask": torch.tensor([[0, 1, 1], [1, 1, 1]])}):
+            documents, number = IFTTrainer._documents(inputs)
+            assert documents.tolist() == [[0, 0, 0], [1, 1, 1]]
+            assert number == 2
 
     def test_more_padding_changes_nothing(self, tmp_path, tokenizer):
         trainer = make(tmp_path, tokenizer)
@@ -313,6 +347,22 @@ class TestTwoPasses:
         handle.remove()
         assert zero.sft_nll_sum.item() == pytest.approx(some.sft_nll_sum.item(), rel=1e-6)
         assert zero.match_sum == some.match_sum
+        frozen = make(tmp_path, tokenizer, ift_freeze_input_embeddings=True)
+        assert len(inputs_of_second_pass(frozen, inputs, 0.0)[0]) == 1
+        assert len(inputs_of_second_pass(frozen, inputs, 0.2)[0]) == 2
+
+    def test_inputs_have_gradients_only_where_they_train(self, tmp_path, tokenizer):
+        """Under LoRA the backward pass ends at the first layer."""
+        for settings, needed in (({}, True), ({"peft_config": LoraConfig(**LORA)}, False)):
+            trainer = make(tmp_path, tokenizer, **settings)
+            seen = []
+            model = trainer.model.get_base_model() if settings else trainer.model
+            model.base_model.register_forward_pre_hook(
+                lambda module, args, named, seen=seen: seen.append(named["inputs_embeds"].requires_grad),
+                with_kwargs=True,
+            )
+            loss_and_gradients(trainer)
+            assert seen[-1] == needed
 
     def test_right_predictions_make_lambda_irrelevant(self, tmp_path, tokenizer):
         # Learn one row by heart; then every prediction is the true token
@@ -393,14 +443,18 @@ class TestPredictions:
             "top3": {"ift_prediction": "topk", "ift_top_k": 3},
             "all": {"ift_prediction": "topk", "ift_top_k": 10**6},
             "expected": {"ift_prediction": "expected"},
+            "all, cooler": {"ift_prediction": "topk", "ift_top_k": 10**6, "ift_temperature": 0.2},
+            "expected, cooler": {"ift_prediction": "expected", "ift_temperature": 0.2},
         }.items():
             (_, seconds[name]), _ = inputs_of_second_pass(make(tmp_path, tokenizer, **settings), inputs)
         torch.testing.assert_close(seconds["top1"], seconds["argmax"])
         torch.testing.assert_close(seconds["all"], seconds["expected"], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(seconds["all, cooler"], seconds["expected, cooler"], rtol=1e-5, atol=1e-5)
         assert not torch.allclose(seconds["top3"], seconds["argmax"])
 
     def test_samples_follow_the_distribution_and_the_seed(self, tmp_path, tokenizer):
-        trainer = make(tmp_path, tokenizer, ift_prediction="sample", data=tiny.tokenized_data(tokenizer).select([1]))
+        data = tiny.tokenized_data(tokenizer).select([1])
+        trainer = make(tmp_path, tokenizer, ift_prediction="sample", ift_temperature=0.2, data=data)
         inputs = batch_of(trainer)
         with torch.no_grad():
             logits = trainer.model(input_ids=inputs["input_ids"]).logits
@@ -410,13 +464,22 @@ class TestPredictions:
         for seed in range(1500):
             (_, second), _ = inputs_of_second_pass(trainer, inputs, 1.0, ift_seed=seed)
             counts[(table - second[0, position + 1]).abs().sum(-1).argmin()] += 1
-        probabilities = logits[0, position].softmax(-1)
+        probabilities = (logits[0, position] / 0.2).softmax(-1)
         for token in probabilities.topk(5).indices:
             expected = probabilities[token].item()
             assert counts[token].item() / 1500 == pytest.approx(expected, abs=4 * math.sqrt(expected / 1500) + 1e-3)
         (_, again), _ = inputs_of_second_pass(trainer, inputs, 1.0, ift_seed=3)
         (_, same), _ = inputs_of_second_pass(trainer, inputs, 1.0, ift_seed=3)
         assert torch.equal(again, same)
+
+    def test_seeds_of_samples_go_with_step_and_micro_batch(self, tmp_path, tokenizer):
+        for start in (0, 1):  # of a new run, and of one resumed after its first step
+            trainer = make(tmp_path, tokenizer, ift_prediction="sample", seed=3)
+            for step in (start, start + 1):
+                trainer.state.global_step = step
+                found = [trainer._next_seed(training=True) for _ in range(3)]
+                assert found == [_mix_seeds(3, step, count, 0) for count in range(3)]
+                assert trainer._next_seed(training=False) == _mix_seeds(3, 0)
 
     @pytest.mark.parametrize("prediction", PREDICTIONS)
     @pytest.mark.parametrize("family", ["llama", "gemma"])
@@ -540,10 +603,16 @@ class TestOptions:
         plain = make(tmp_path, tokenizer, ift_freeze_input_embeddings=freeze, **peft_config)
         settings = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}
         saving = make(tmp_path, tokenizer, ift_freeze_input_embeddings=freeze, **settings, **peft_config)
+        switches = {id(m) for m in saving.model.modules() if hasattr(m, "gradient_checkpointing")}
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message=".*None of the inputs have requires_grad.*")
             plain.train()
             saving.train()
+        switched = [m for m in saving.model.modules() if hasattr(m, "gradient_checkpointing")]
+        assert {id(module) for module in switched} == switches
+        assert any(
+            module.gradient_checkpointing for module in switched
+        )  # the first pass, which goes without, leaves it on
         for found, expected in zip(history(saving), history(plain), strict=True):
             assert found == pytest.approx(expected, rel=1e-5, abs=1e-6)
 
@@ -733,6 +802,13 @@ class TestOptions:
         full.train()
         assert full.state.log_history[0]["ift/negative_coefficients"] == pytest.approx(share, abs=1e-6)
         assert "ift/negative_coefficients" not in trainer.state.log_history[0]
+
+        def counted(*rows):
+            full.__dict__.pop("_sums", None)
+            full.compute_loss(full.model, full.data_collator([{"input_ids": row} for row in rows]))
+            return full._sums["train"]["ift/negative_coefficients"]
+
+        assert torch.equal(counted(rows[0], rows[1][:4]), counted(rows[0]) + counted(rows[1][:4]))  # padding is none
 
     def test_untrained_rows_and_batches(self, tmp_path, tokenizer):
         rows = tiny.tokenized_data(tokenizer).to_list()
