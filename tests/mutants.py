@@ -58,6 +58,7 @@ EQUIVALENT: dict[str, str] = {
     "_CHUNK = 513": "the sums are the same",
     # eurus.py
     "chosen, rejected = outputs.logits.squeeze(1).float().chunk(2)": "logits are (2B, 1)",
+    "if len(usable) <= len(raw):": "a pass over rows of which none was dropped",
     "if 'chosen_ids' in row or 'rejected_ids' in row:": "the two columns come together",
     # soft_label_po.py
     "return abs(2 * label - 1) >= _TIE": "no float32 label is exactly at the bound",

@@ -315,6 +315,10 @@ class TestIdentities:
         first = ift_document_loss(nll, mask, documents, number, 0.95, norm=norm).weights
         close(ift_document_loss(nll * scale, mask, documents, number, 0.95, norm=norm).weights, first, 1e-12)
 
+    def test_the_defaults(self):
+        batch = random_batch()
+        close(ift_document_loss(*batch).loss, ift_document_loss(*batch, 0.95, "loss", "L1", "left").loss, 0)
+
     def test_propagation_none_is_gamma_0(self):
         batch = random_batch()
         close(ift_document_loss(*batch, 0.95, "none").loss, ift_document_loss(*batch, 0.0).loss, 0)
@@ -417,6 +421,9 @@ class TestLambda:
         # 0.2 + 0.1 z, of which the clamp at 0 cuts 2.3 %
         assert sum(draw) / len(draw) == pytest.approx(0.2, abs=0.01)
         assert torch.tensor(draw).std().item() == pytest.approx(0.1, abs=0.01)
+
+        assert draw[:2] != [lambda_at_step(step, 0.2, noise_std=0.5) for step in range(2)]
+        assert lambda_at_step(7, 0.2, noise_std=0.5) == lambda_at_step(7, 0.2, noise_std=0.5, seed=0)
 
     def test_noise_leaves_lambda_between_0_and_1(self):
         draw = [lambda_at_step(step, 0.5, noise_std=10.0) for step in range(200)]

@@ -503,11 +503,7 @@ class TwoPassOutput(FusedCausalLMOutput):
 
 
 def add_two_pass_forward(
-    model: PreTrainedModel,
-    prediction: str = "argmax",
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    freeze_input_embeddings: bool = False,
+    model: PreTrainedModel, prediction: str, temperature: float, top_k: int | None, freeze_input_embeddings: bool
 ) -> None:
     """Give `model` both passes of IFT inside one forward: `model(..., fused_lm_head=True, ift_lambda=0.2)`.
 
