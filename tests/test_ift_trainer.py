@@ -610,9 +610,8 @@ class TestOptions:
             saving.train()
         switched = [m for m in saving.model.modules() if hasattr(m, "gradient_checkpointing")]
         assert {id(module) for module in switched} == switches
-        assert any(
-            module.gradient_checkpointing for module in switched
-        )  # the first pass, which goes without, leaves it on
+        # The first pass, which goes without, leaves it on
+        assert any(module.gradient_checkpointing for module in switched)
         for found, expected in zip(history(saving), history(plain), strict=True):
             assert found == pytest.approx(expected, rel=1e-5, abs=1e-6)
 
