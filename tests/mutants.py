@@ -39,7 +39,7 @@ _RECORDED = "what is recorded is detached once more"
 _MATRIX = "a matrix, of which it is the last dimension"
 _PROCESSES = "tests with two processes, which take too long for each mutant, fail"
 _TENSOR_PARALLEL = "1 without tensor parallelism, which one machine without GPUs does not have"
-# Source line after the change -> why no test could tell it from the original
+# Source line after the change -> why none of the tests that run for each mutant could tell it from the original
 EQUIVALENT: dict[str, str] = {
     # ada_dpo.py
     "low, high = (0.0, 101.0)": "the bisection has converged either way",

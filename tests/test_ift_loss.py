@@ -421,7 +421,6 @@ class TestLambda:
         # 0.2 + 0.1 z, of which the clamp at 0 cuts 2.3 %
         assert sum(draw) / len(draw) == pytest.approx(0.2, abs=0.01)
         assert torch.tensor(draw).std().item() == pytest.approx(0.1, abs=0.01)
-
         assert draw[:2] != [lambda_at_step(step, 0.2, noise_std=0.5) for step in range(2)]
         assert lambda_at_step(7, 0.2, noise_std=0.5) == lambda_at_step(7, 0.2, noise_std=0.5, seed=0)
 
